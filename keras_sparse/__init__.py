@@ -1,0 +1,48 @@
+"""keras_sparse: sparse layers, pruning callbacks and kernels that make sparse Keras models measurably faster."""
+
+import importlib.metadata
+
+import keras
+
+from keras_sparse import callbacks, criteria, granularity, initializers, layers, report, schedules, surgery
+from keras_sparse.report import count, summary
+from keras_sparse.surgery import sparsify, strip
+
+__all__ = [
+    "__version__",
+    "callbacks",
+    "count",
+    "criteria",
+    "export",
+    "granularity",
+    "initializers",
+    "layers",
+    "load",
+    "ops",
+    "report",
+    "schedules",
+    "sparsify",
+    "strip",
+    "summary",
+    "surgery",
+]
+
+try:
+    __version__ = importlib.metadata.version("keras_sparse")
+except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+# Training works on every Keras backend; the compiled ops and SavedModels are TensorFlow's. Importing `ops` here registers
+# them, so that a SavedModel that runs them loads.
+if keras.backend.backend() == "tensorflow":
+    from keras_sparse import ops
+    from keras_sparse.export import export, load
+else:
+
+    def __getattr__(name):
+        if name in ("export", "load", "ops"):
+            raise AttributeError(
+                f"keras_sparse.{name} needs the TensorFlow backend (KERAS_BACKEND=tensorflow); "
+                f"the backend is {keras.backend.backend()}."
+            )
+        raise AttributeError(f"module 'keras_sparse' has no attribute {name!r}")

@@ -1,0 +1,35 @@
+"""Criteria: which units go first. The highest scores are kept."""
+
+import keras
+
+from keras_sparse import validation
+from keras_sparse.criteria.base import Criterion
+from keras_sparse.criteria.magnitude import Magnitude
+from keras_sparse.criteria.random import Random
+
+__all__ = ["Criterion", "Magnitude", "Random", "get", "names"]
+
+_BY_NAME = {
+    "magnitude": Magnitude,
+    "l1": Magnitude,
+    "l2": lambda: Magnitude("l2"),
+    "mean": lambda: Magnitude("mean"),
+    "max": lambda: Magnitude("max"),
+    "random": Random,
+}
+
+
+def names():
+    """Return the names that `get` understands."""
+    return tuple(_BY_NAME)
+
+
+def get(identifier):
+    """Return a `Criterion` from its name, its serialised form, or itself."""
+    if isinstance(identifier, Criterion):
+        return identifier
+    if isinstance(identifier, dict):
+        return keras.saving.deserialize_keras_object(identifier)
+    if not isinstance(identifier, str):
+        validation.fail("criterion", "be a name or a Criterion", identifier, TypeError)
+    return _BY_NAME[validation.one_of("criterion", identifier, names())]()
