@@ -1,0 +1,119 @@
+"""Dense model to sparse layers and back."""
+
+import keras
+
+from keras_sparse import granularity as granularities
+from keras_sparse import selection, validation
+from keras_sparse.layers import BaseSparse, SparseConv2D, SparseDense
+from keras_sparse.surgery.transform import check_supported, is_graph, transform
+
+__all__ = ["dense_twin", "sparsify", "strip"]
+
+# Exact classes: a user's subclass of Conv2D has a `call` that the sparse layer would not run.
+_SPARSE_TWIN = {keras.layers.Conv2D: SparseConv2D, keras.layers.Dense: SparseDense}
+_DENSE_TWIN = {sparse: dense for dense, sparse in _SPARSE_TWIN.items()}
+
+
+def sparsify(model, granularity="connection", include=None, exclude=None):
+    """Return the model with sparse layers in place of its convolutions and dense layers.
+
+    Weights are kept and all masks are ones, so the new model computes what the old one does. `Conv2D` becomes
+    `SparseConv2D` and `Dense` becomes `SparseDense`; other layers, subclasses of the two included, are copied.
+
+    ```python
+    sparse = ks.sparsify(model, granularity="connection", exclude=["conv1", "logits"])
+    sparse.compile(...)
+    sparse.fit(..., callbacks=[ks.callbacks.GradualPruning(schedule)])
+    ```
+
+    Args:
+        model: A built Sequential or functional model. Nested models and shared layers are followed.
+        granularity: Granularity of the masks, a name or a `Granularity`.
+        include: Which layers: a name, a path in a nested model (`"block/conv1"`), a regular expression matched against
+            the whole of either, a layer class, or a list of these. `None`: all that have a sparse twin.
+        exclude: The same, for layers to leave dense; wins over `include`.
+
+    Returns:
+        A new model; `model` is left as it is. Compiled like `model`, with a fresh optimizer, where that was compiled.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: If `model` is subclassed or not built, a pattern matches no layer, or nothing is left to do.
+    """
+    check_supported(model, "sparsify it")
+    granularity = granularities.get(granularity)
+    layers = selection.flatten_layers(model)
+    # Children of wrappers and composite layers cannot be exchanged from outside.
+    outer = _graph_layers(model)
+    candidates = {
+        path: layer
+        for path, layer in layers.items()
+        if type(layer) in _SPARSE_TWIN and id(layer) in outer and not _is_quantized(layer)
+    }
+    chosen = selection.select(candidates, include, exclude, known=layers)
+    if not chosen:
+        rule = "hold a Conv2D or Dense layer that `include` names and `exclude` does not"
+        validation.fail("model", rule, model.name)
+    identities = {id(layer) for layer in chosen.values()}
+
+    def exchange(layer):
+        if id(layer) not in identities:
+            return None
+        config = {**layer.get_config(), "granularity": granularities.serialize(granularity)}
+        return _SPARSE_TWIN[type(layer)].from_config(config), _copy_kernel_and_bias
+
+    return transform(model, exchange)
+
+
+def strip(model):
+    """Return the model with plain Keras layers in place of the sparse ones.
+
+    The kernels hold exact zeros where weights were pruned; outputs are the same, and neither loading nor serving the
+    result needs keras_sparse.
+
+    Args:
+        model: A built Sequential or functional model.
+
+    Returns:
+        A new model, compiled like `model` where that was compiled. Without sparse layers in it, it is a plain copy.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: If `model` is subclassed or not built.
+    """
+    check_supported(model, "strip it")
+
+    return transform(model, dense_twin)
+
+
+def dense_twin(layer):
+    """Return the plain Keras twin of a sparse layer and how its weights get there; `None` for any other layer."""
+    if not isinstance(layer, BaseSparse):
+        return None
+    dense = next(_DENSE_TWIN[cls] for cls in type(layer).__mro__ if cls in _DENSE_TWIN)
+    config = layer.get_config()
+    del config["granularity"], config["mask_initializer"]
+    config.pop("lora_rank", None)  # the effective kernel holds the update already
+    config.pop("lora_alpha", None)
+    return dense.from_config(config), _copy_kernel_and_bias
+
+
+def _graph_layers(model):
+    """Return the ids of the layers that the graphs of `model` and its nested models call themselves."""
+    found = set()
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            found |= _graph_layers(layer) if is_graph(layer) else set()
+        else:
+            found.add(id(layer))
+    return found
+
+
+def _is_quantized(layer):
+    return getattr(layer, "quantization_mode", None) is not None
+
+
+def _copy_kernel_and_bias(old, new):
+    new._kernel.assign(old.kernel)
+    if old.bias is not None:
+        new.bias.assign(old.bias)
