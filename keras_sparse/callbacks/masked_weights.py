@@ -1,0 +1,179 @@
+"""The mask interface: what a callback needs of a weight, whoever holds its mask."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sparse import granularity as granularities
+from keras_sparse import selection, validation
+from keras_sparse.layers import BaseSparse
+
+__all__ = ["MaskedWeight", "masked_weights"]
+
+
+class MaskedWeight:
+    """A kernel and its mask.
+
+    Attributes:
+        name: Path of the layer in the model.
+        granularity: The `Granularity` the callback prunes at.
+        mask: NumPy array of the granularity's shape, zeros and ones.
+    """
+
+    def __init__(self, name, layer, granularity):
+        self.name = name
+        self.layer = layer
+        self.granularity = granularity
+
+    def kernel(self):
+        """Return the effective kernel as a NumPy array."""
+        raise NotImplementedError
+
+    def mask(self):
+        """Return the mask, of the granularity's shape, as a NumPy array."""
+        raise NotImplementedError
+
+    def assign(self, mask):
+        """Set the mask; pruned weights are zero from here on, returning ones start at zero."""
+        raise NotImplementedError
+
+    def attach(self, model):
+        """Called before the first batch, after a saved state has been restored."""
+
+    def after_batch(self, optimizer):
+        """Called after each training batch."""
+
+    def detach(self):
+        """Called after training."""
+
+    @property
+    def unit_size(self):
+        return self.granularity.unit_size(self._kernel_shape)
+
+    @property
+    def _kernel_shape(self):
+        return tuple(selection.kernel_variable(self.layer).shape)
+
+
+class LayerMask(MaskedWeight):
+    """The kernel and mask of a sparse layer."""
+
+    def __init__(self, name, layer, granularity):
+        granularity = granularity or layer.granularity
+        super().__init__(name, layer, granularity)
+        shape, own = granularity.mask_shape(self._kernel_shape), tuple(layer.mask.shape)
+        if not granularities.broadcastable(shape, own):
+            validation.fail(
+                "granularity",
+                f"be None or one whose units hold whole units of layer '{name}', which has granularity "
+                f"'{layer.granularity.name}'",
+                granularity.name,
+            )
+
+    def kernel(self):
+        return ops.convert_to_numpy(self.layer.kernel)
+
+    def mask(self):
+        own = ops.convert_to_numpy(self.layer.mask)
+        shape = self.granularity.mask_shape(self._kernel_shape)
+        axes = tuple(i for i, (have, want) in enumerate(zip(own.shape, shape)) if have != want)
+        return own.max(axis=axes, keepdims=True) if axes else own
+
+    def assign(self, mask):
+        # A coarser granularity than the layer's own writes whole blocks and leaves what was pruned inside them.
+        if mask.shape != tuple(self.layer.mask.shape):
+            mask = mask * ops.convert_to_numpy(self.layer.mask)
+        self.layer.assign_mask(mask)
+
+
+class InPlaceMask(MaskedWeight):
+    """A kernel of a plain Keras layer, pruned in place: the zeros are the only trace in the saved model.
+
+    Units that are exactly zero when training starts count as pruned, so that a resumed run, or the fine-tuning
+    of a pruned model, knows its masks. A kernel of zeros alone is an untrained one and keeps its units.
+    """
+
+    def __init__(self, name, layer, granularity):
+        super().__init__(name, layer, granularity or granularities.get("weight"))
+        self._variable = selection.kernel_variable(layer)
+        shape = self.granularity.mask_shape(self._variable.shape)
+        self._mask = keras.Variable(np.ones(shape, "float32"), trainable=False, name=f"{layer.name}_mask")
+        self._users_constraint = None
+        self._model = None
+
+    def kernel(self):
+        return ops.convert_to_numpy(self._variable)
+
+    def mask(self):
+        return ops.convert_to_numpy(self._mask)
+
+    def assign(self, mask):
+        kept_throughout = self.mask() * mask
+        self._mask.assign(mask)
+        self._variable.assign(ops.multiply(self._variable, ops.cast(kept_throughout, self._variable.dtype)))
+
+    def attach(self, model):
+        # A constraint runs inside the optimizer's step, so that no file written by any callback, in any order,
+        # can hold a pruned weight that momentum or weight decay has moved.
+        self._users_constraint = self._variable.constraint
+        self._variable.constraint = self._constrain
+        self._model = model
+        if getattr(model, "train_function", None) is not None:
+            model.make_train_function(force=True)  # traced without the constraint, possibly
+        mask = self.granularity.reduce(self.kernel() != 0, np.max).astype("float32")
+        self._mask.assign(mask if mask.any() else np.ones_like(mask))
+
+    def _constrain(self, kernel):
+        mask = ops.cast(self._mask, kernel.dtype)
+        kernel = kernel * mask
+        return kernel if self._users_constraint is None else self._users_constraint(kernel) * mask
+
+    def after_batch(self, optimizer):
+        if not getattr(optimizer, "use_ema", False) or not optimizer.built:
+            return
+        # The averages are taken before constraints are applied, and overwrite the weights in the end.
+        index = optimizer._get_variable_index(self._variable)
+        average = optimizer._model_variables_moving_average[index]
+        average.assign(average * ops.cast(self._mask, average.dtype))
+
+    def detach(self):
+        self._variable.constraint = self._users_constraint
+        self._users_constraint = None
+        self._model.train_function = None
+        self._variable.assign(ops.multiply(self._variable, ops.cast(self._mask, self._variable.dtype)))
+
+
+def _prunable_in_place(layer):
+    # Depthwise kernels hold few weights and much accuracy (Zhu & Gupta, 2017, section 4.1).
+    depthwise = isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D))
+    return not depthwise and selection.kernel_variable(layer) is not None
+
+
+def masked_weights(model, granularity=None, include=None, exclude=None):
+    """Return the weights of `model` that a callback is to drive.
+
+    Those of its sparse layers, and those of plain layers where it has no sparse ones or `include` asks for them.
+
+    Raises:
+        ValueError: If the model has no weights yet, or nothing in it can be pruned.
+    """
+    if not model.built:
+        rule = "be built before it is pruned: give it an `Input` layer or call `model.build(input_shape)`"
+        validation.fail("model", rule, model.name)
+    layers = selection.flatten_layers(model)
+    sparse = {path: layer for path, layer in layers.items() if isinstance(layer, BaseSparse)}
+    candidates = sparse
+    if not sparse or include is not None:
+        candidates = {
+            path: layer
+            for path, layer in layers.items()
+            if isinstance(layer, BaseSparse) or _prunable_in_place(layer)
+        }
+    chosen = selection.select(candidates, include, exclude, known=layers)
+    if not chosen:
+        rule = "hold a layer with a kernel that `include` names and `exclude` does not"
+        validation.fail("model", rule, model.name)
+    return [
+        (LayerMask if isinstance(layer, BaseSparse) else InPlaceMask)(path, layer, granularity)
+        for path, layer in chosen.items()
+    ]
