@@ -32,8 +32,8 @@ try:
 except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-# Training works on every Keras backend; the compiled ops and SavedModels are TensorFlow's. Importing `ops` here registers
-# them, so that a SavedModel that runs them loads.
+# Training works on every Keras backend; the compiled ops and SavedModels are TensorFlow's. Importing `ops` here
+# registers them, so that a SavedModel that runs them loads.
 if keras.backend.backend() == "tensorflow":
     from keras_sparse import ops
     from keras_sparse.export import export, load

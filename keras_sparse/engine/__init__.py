@@ -1,0 +1,1 @@
+"""Packing of kernels and choice of routines for execution by TensorFlow."""

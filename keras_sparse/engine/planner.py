@@ -1,0 +1,62 @@
+"""Choosing a routine for every layer by measuring, on the machine at hand."""
+
+import dataclasses
+import math
+
+from keras_sparse.engine import routines, timing
+
+__all__ = ["LayerPlan", "plan_convolution"]
+
+# A routine has to win by this factor: medians on a busy machine differ by a few percent without a cause.
+_MARGIN = 1.05
+
+
+@dataclasses.dataclass
+class LayerPlan:
+    """The routine chosen for a layer, and why.
+
+    Attributes:
+        routine: Key of `ROUTINES`.
+        bytes: Stored size of the routine's constants.
+        milliseconds: `{routine: {batch size: median}}` of the candidates, empty where nothing was measured.
+    """
+
+    routine: str
+    bytes: int
+    milliseconds: dict
+
+
+def plan_convolution(convolution, candidates, input_shapes, batch_sizes, finish):
+    """Return the fastest routine that is slower than the dense one at no batch size.
+
+    Args:
+        convolution: A `Convolution`.
+        candidates: Names of routines to consider beside the dense one. A single name is taken unmeasured where it
+            applies and `input_shapes` is empty.
+        input_shapes: NHWC input shapes, one for each batch size to be good at.
+        batch_sizes: The batch size behind each input shape, for the record.
+        finish: What the layer does to the product, bias and activation: TensorFlow fuses these into its dense
+            convolution, so they belong into the measurement.
+
+    Returns:
+        A pair of the built routine and its `LayerPlan`.
+    """
+    built = {name: routines.build(name, convolution) for name in ("dense", *candidates)}
+    built = {name: routine for name, routine in built.items() if routine is not None}
+    if not input_shapes or len(built) == 1:
+        name = list(built)[-1]
+        return built[name], LayerPlan(name, built[name].nbytes, {})
+    functions = {name: lambda x, routine=routine: finish(routine(x)) for name, routine in built.items()}
+    seconds = {shape: timing.alternate(functions, [shape], unroll=8, budget=0.4) for shape in input_shapes}
+
+    def speed_up(name):
+        ratios = [times["dense"] / times[name] for times in seconds.values()]
+        return math.prod(ratios) ** (1 / len(ratios)) if min(ratios) >= 1.0 else 0.0
+
+    best = max((name for name in built if name != "dense"), key=speed_up)
+    name = best if speed_up(best) >= _MARGIN else "dense"
+    milliseconds = {
+        routine: {batch: round(times[routine] * 1e3, 4) for batch, times in zip(batch_sizes, seconds.values())}
+        for routine in built
+    }
+    return built[name], LayerPlan(name, built[name].nbytes, milliseconds)

@@ -1,0 +1,128 @@
+"""The ways an exported layer can compute its product, each from the effective kernel alone.
+
+A routine is built once from constants and then maps a tensor to the product, before bias and activation. `ROUTINES` is
+the one list that the planner, the export and the tests read.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_sparse import ops
+from keras_sparse.engine import packing
+
+__all__ = ["ROUTINES", "Convolution", "build"]
+
+
+class Convolution:
+    """What a routine needs to know of a layer; a dense layer is a 1x1 convolution over a row of pixels.
+
+    Args:
+        kernel: Effective kernel, float32, HWIO.
+        strides, dilation_rate: Pairs.
+        padding: `"valid"` or `"same"`.
+        groups: Groups of the convolution.
+        is_dense_layer: Whether this stands for a dense layer, whose dense routine is a matrix product.
+    """
+
+    def __init__(self, kernel, strides=(1, 1), padding="valid", dilation_rate=(1, 1), groups=1, is_dense_layer=False):
+        self.kernel = np.asarray(kernel, "float32")
+        self.strides = tuple(strides)
+        self.padding = padding
+        self.dilation_rate = tuple(dilation_rate)
+        self.groups = groups
+        self.is_dense_layer = is_dense_layer
+
+    @property
+    def options(self):
+        return {"strides": self.strides, "padding": self.padding, "dilation_rate": self.dilation_rate}
+
+
+class _Routine:
+    """A product with its constants, and their size as stored."""
+
+    def __init__(self, function, nbytes):
+        self._function = function
+        self.nbytes = nbytes
+
+    def __call__(self, inputs):
+        return self._function(inputs)
+
+
+def _dense(convolution):
+    kernel = convolution.kernel
+
+    def product(inputs):
+        # Created while tracing: in the exported graph the kernel is a constant, which TensorFlow prepares once.
+        if convolution.is_dense_layer:
+            rows = tf.reshape(inputs, (-1, kernel.shape[2]))
+            return tf.matmul(rows, tf.constant(kernel[0, 0], inputs.dtype))[None, None]
+        return keras.ops.conv(inputs, tf.constant(kernel, inputs.dtype), **convolution.options)
+
+    return _Routine(product, kernel.nbytes)
+
+
+def _connection(convolution):
+    table = packing.connection_table(convolution.kernel, convolution.groups)
+
+    def product(inputs):
+        return ops.connection_conv2d(
+            inputs,
+            tf.constant(table.filter, inputs.dtype),
+            tf.constant(table.row_splits),
+            tf.constant(table.input_channels),
+            **convolution.options,
+        )
+
+    return _Routine(product, table.nbytes)
+
+
+def _thinned(convolution):
+    if convolution.groups != 1:
+        return None
+    thinned = packing.thinned_filter(convolution.kernel)
+
+    def product(inputs):
+        return ops.thinned_conv2d(
+            inputs,
+            tf.constant(thinned.filter, inputs.dtype),
+            tf.constant(thinned.indices),
+            thinned.kernel_size,
+            **convolution.options,
+        )
+
+    return _Routine(product, thinned.nbytes)
+
+
+def _compact(convolution):
+    """The dense convolution over those channels that hold any weight."""
+    kernel = convolution.kernel
+    inputs_used = np.flatnonzero((kernel != 0).any(axis=(0, 1, 3)))
+    outputs_used = np.flatnonzero((kernel != 0).any(axis=(0, 1, 2)))
+    channels, filters = kernel.shape[2:]
+    whole = inputs_used.size == channels and outputs_used.size == filters
+    if convolution.groups != 1 or whole or not inputs_used.size:
+        return None
+    small = np.ascontiguousarray(kernel[:, :, inputs_used][..., outputs_used])
+    # Output j of the layer is column position[j] of the small product, to which a column of zeros is appended.
+    position = np.full(filters, outputs_used.size, "int32")
+    position[outputs_used] = np.arange(outputs_used.size)
+
+    def product(inputs):
+        if inputs_used.size < channels:
+            inputs = tf.gather(inputs, tf.constant(inputs_used.astype("int32")), axis=-1)
+        outputs = keras.ops.conv(inputs, tf.constant(small, inputs.dtype), **convolution.options)
+        if outputs_used.size < filters:
+            outputs = tf.pad(outputs, [[0, 0], [0, 0], [0, 0], [0, 1]])
+            outputs = tf.gather(outputs, tf.constant(position), axis=-1)
+        return outputs
+
+    return _Routine(product, small.nbytes + 4 * (inputs_used.size + filters))
+
+
+ROUTINES = {"dense": _dense, "connection": _connection, "thinned": _thinned, "compact": _compact}
+
+
+def build(name, convolution):
+    """Return the routine `name` for a `Convolution`, or `None` where it does not apply."""
+    return ROUTINES[name](convolution)

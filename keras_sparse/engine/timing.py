@@ -1,0 +1,77 @@
+"""Fair timing of alternatives: one process, turn by turn, fresh inputs, medians."""
+
+import statistics
+import time
+
+import numpy as np
+import tensorflow as tf
+
+__all__ = ["alternate"]
+
+_BUFFERS = 4
+
+
+def alternate(functions, input_shapes, dtype="float32", unroll=1, repeats=9, budget=2.0, seed=0):
+    """Time functions of tensors against each other.
+
+    The functions take turns, so that a machine that slows down slows all of them; the inputs rotate, so that none
+    finds them in its cache alone.
+
+    Args:
+        functions: `{name: function}`; a function maps tensors of `input_shapes` to tensors and is traced here.
+        input_shapes: List of shapes, the batch axis included.
+        dtype: Type of the inputs, or a list of one for each.
+        unroll: How often a call computes, one after the other. The cost of calling a graph, about 0.1 ms, is
+            shared among them: 1 times what a user of a model waits for, more times the work of a single layer.
+        repeats: Rounds, at least; more are made while they fit into a tenth of `budget`.
+        budget: Seconds to spend on one function, roughly.
+        seed: Seed of the random inputs.
+
+    Returns:
+        `{name: median seconds of one computation}`.
+    """
+    generator = np.random.default_rng(seed)
+    dtypes = [dtype] * len(input_shapes) if isinstance(dtype, str) else dtype
+
+    def random_input(shape, dtype):
+        return tf.cast(generator.standard_normal(shape).astype("float32"), dtype)
+
+    buffers = [[random_input(*pair) for pair in zip(input_shapes, dtypes)] for _ in range(_BUFFERS)]
+    specs = [tf.TensorSpec(b.shape, b.dtype) for b in buffers[0]]
+    specs = specs * unroll
+    graphs = {
+        name: tf.function(_unrolled(f, len(input_shapes))).get_concrete_function(*specs) for name, f in functions.items()
+    }
+    # Turn t computes on buffers t, t + 1, ...
+    turns = [[tensor for i in range(unroll) for tensor in buffers[(t + i) % _BUFFERS]] for t in range(_BUFFERS)]
+    slowest = 0.0
+    for graph in graphs.values():
+        graph(*turns[0])  # the first call optimises the graph
+        start = time.perf_counter()
+        graph(*turns[1])
+        slowest = max(slowest, time.perf_counter() - start)
+    rounds = max(repeats, min(50, int(budget / 10 / max(slowest, 1e-6))))
+    rounds = max(3, min(rounds, int(budget / max(slowest, 1e-6))))
+    times = {name: [] for name in graphs}
+    for turn in range(rounds):
+        for name, graph in graphs.items():
+            inputs = turns[turn % _BUFFERS]
+            start = time.perf_counter()
+            graph(*inputs).numpy()
+            times[name].append((time.perf_counter() - start) / unroll)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _unrolled(function, inputs):
+    """Return a function of several sets of tensors that computes them in turn and returns next to nothing."""
+
+    def run(*tensors):
+        results = []
+        for start in range(0, len(tensors), inputs):
+            with tf.control_dependencies(results[-1:]):
+                outputs = tf.nest.flatten(function(*(tf.identity(t) for t in tensors[start : start + inputs])))
+            # One element of each output: no copy is timed, and none is left out, as it would be unless returned.
+            results += [tf.cast(tf.reshape(output, (-1,))[:1], "float32") for output in outputs]
+        return tf.concat(results, axis=0)
+
+    return run

@@ -1,0 +1,193 @@
+"""Wrong arguments: each error names the argument, the rule and the value received, before any work is done."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import keras_sparse as ks
+from keras_sparse import allocation, granularity
+from keras_sparse.engine import packing
+
+
+def cnn():
+    return keras.Sequential(
+        [
+            keras.layers.Input((6, 6, 2)),
+            keras.layers.Conv2D(4, 3, name="conv"),
+            keras.layers.Flatten(name="flat"),
+            keras.layers.Dense(3, name="dense"),
+        ],
+        name="cnn",
+    )
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__(name="subclassed")
+        self.dense = keras.layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def sparse_layer(**options):
+    layer = ks.layers.SparseConv2D(4, 3, **options)
+    layer.build((None, 6, 6, 2))
+    return layer
+
+
+def fit_with(model=None, epochs=2, **options):
+    model = model or ks.sparsify(cnn())
+    model.compile("sgd", "mse")
+    x, y = np.zeros((8, 6, 6, 2), "float32"), np.zeros((8, 3), "float32")
+    options.setdefault("schedule", ks.schedules.OneShot(0.5))
+    model.fit(x, y, batch_size=4, epochs=epochs, callbacks=[ks.callbacks.GradualPruning(**options)], verbose=0)
+
+
+def decay(**options):
+    defaults = {"initial_sparsity": 0.0, "final_sparsity": 0.9, "begin_step": 0, "end_step": 100}
+    return ks.schedules.PolynomialDecay(**{**defaults, **options})
+
+
+KERNEL = np.ones((3, 3, 4, 6), "float32")
+
+# (id, call, error, argument the message names, part of the rule, value the message repeats)
+CASES = [
+    ("sparsity 1", lambda: ks.schedules.OneShot(1.0), ValueError, "target_sparsity", "[0, 1)", "1.0"),
+    ("sparsity < 0", lambda: ks.schedules.ConstantSparsity(-0.1, 0), ValueError, "target_sparsity", "[0, 1)", "-0.1"),
+    ("sparsity nan", lambda: decay(final_sparsity=float("nan")), ValueError, "final_sparsity", "[0, 1)", "nan"),
+    ("sparsity text", lambda: decay(initial_sparsity="half"), TypeError, "initial_sparsity", "[0, 1)", "'half'"),
+    ("final sparsity > 1", lambda: decay(final_sparsity=90), ValueError, "final_sparsity", "[0, 1)", "90"),
+    ("begin < 0", lambda: decay(begin_step=-5), ValueError, "begin_step", ">= 0", "-5"),
+    ("begin float", lambda: decay(begin_step=1.5), TypeError, "begin_step", "integer", "1.5"),
+    ("end before begin", lambda: decay(begin_step=100), ValueError, "end_step", "greater than begin_step, 100", "100"),
+    ("end < -1", lambda: ks.schedules.ConstantSparsity(0.5, 0, end_step=-2), ValueError, "end_step", ">= -1", "-2"),
+    ("end too early", lambda: ks.schedules.ConstantSparsity(0.5, 9, 3), ValueError, "end_step", "begin_step, 9", "3"),
+    ("frequency 0", lambda: decay(frequency=0), ValueError, "frequency", ">= 1", "0"),
+    ("frequency too long", lambda: decay(frequency=101), ValueError, "frequency", "at most", "101"),
+    ("power 0", lambda: decay(power=0), ValueError, "power", "> 0", "0"),
+    ("power bool", lambda: decay(power=True), TypeError, "power", "number", "True"),
+    ("density 0", lambda: ks.schedules.Doubling(0.0), ValueError, "initial_density", "(0, 1]", "0.0"),
+    ("density falls", lambda: ks.schedules.Doubling(0.5, 0.2), ValueError, "final_density", "initial_density", "0.2"),
+    ("schedule a float", lambda: ks.callbacks.GradualPruning(0.9), TypeError, "schedule", "Schedule", "0.9"),
+    ("unknown norm", lambda: ks.criteria.Magnitude("l3"), ValueError, "norm", "'l1', 'l2'", "'l3'"),
+    ("seed < 0", lambda: ks.criteria.Random(-1), ValueError, "seed", ">= 0", "-1"),
+    ("unknown criterion", lambda: fit_with(criterion="biggest"), ValueError, "criterion", "'magnitude'", "'biggest'"),
+    ("criterion an int", lambda: fit_with(criterion=2), TypeError, "criterion", "Criterion", "2"),
+    ("unknown allocation", lambda: fit_with(allocation="fair"), ValueError, "allocation", "'uniform'", "'fair'"),
+    ("allocation None", lambda: fit_with(allocation=None), TypeError, "allocation", "Allocation", "None"),
+    ("unknown granularity", lambda: sparse_layer(granularity="tap"), ValueError, "granularity", "'group'", "'tap'"),
+    ("granularity an int", lambda: sparse_layer(granularity=3), TypeError, "granularity", "Granularity", "3"),
+    (
+        "kernel of rank 1",
+        lambda: granularity.get("weight").mask_shape((3,)),
+        ValueError,
+        "kernel_shape",
+        "axis",
+        "(3,)",
+    ),
+    ("keep too many", lambda: granularity.get("weight").mask(np.ones((2, 2)), 5), ValueError, "keep", "at most", "5"),
+    ("keep < 0", lambda: granularity.get("weight").mask(np.ones((2, 2)), -1), ValueError, "keep", ">= 0", "-1"),
+    (
+        "previous mask of another size",
+        lambda: granularity.get("weight").mask(np.ones((2, 2)), 1, np.ones((1, 3))),
+        ValueError,
+        "previous",
+        "shape of scores",
+        "(1, 3)",
+    ),
+    ("mask initializer None", lambda: sparse_layer(mask_initializer=None), ValueError, "mask_initializer", "", "None"),
+    (
+        "mask of halves",
+        lambda: sparse_layer().assign_mask(np.full((1, 1, 2, 4), 0.5)),
+        ValueError,
+        "mask",
+        "zeros",
+        "0.5",
+    ),
+    (
+        "mask of a wrong shape",
+        lambda: sparse_layer().assign_mask(np.ones((2, 4))),
+        ValueError,
+        "mask",
+        "shape",
+        "(2, 4)",
+    ),
+    (
+        "initial mask not binary",
+        lambda: sparse_layer(mask_initializer="glorot_uniform"),
+        ValueError,
+        "mask_initializer",
+        "zeros and ones",
+        "",
+    ),
+    ("random mask of nothing", lambda: ks.initializers.RandomMask(1.0), ValueError, "sparsity", "[0, 1)", "1.0"),
+    ("include matches nothing", lambda: ks.sparsify(cnn(), include="cnov"), ValueError, "include", "'conv'", "'cnov'"),
+    ("include cannot", lambda: ks.sparsify(cnn(), include="flat"), ValueError, "include", "'flat' (Flatten)", "'flat'"),
+    ("exclude matches nothing", lambda: ks.sparsify(cnn(), exclude="x.*"), ValueError, "exclude", "layer", "'x.*'"),
+    ("pattern broken", lambda: ks.sparsify(cnn(), include="(conv"), ValueError, "include", "regular", "'(conv'"),
+    ("pattern a number", lambda: ks.sparsify(cnn(), include=[3]), TypeError, "include", "layer names", "3"),
+    ("all excluded", lambda: ks.sparsify(cnn(), exclude=".*"), ValueError, "model", "Conv2D or Dense", "'cnn'"),
+    ("sparsify a layer", lambda: ks.sparsify(keras.layers.Dense(2)), TypeError, "model", "Keras model", "Dense"),
+    ("sparsify a subclass", lambda: ks.sparsify(Subclassed()), ValueError, "model", "Sequential", "'subclassed'"),
+    ("strip a subclass", lambda: ks.strip(Subclassed()), ValueError, "model", "GradualPruning", "'subclassed'"),
+    ("sparsify unbuilt", lambda: ks.sparsify(keras.Sequential(name="s")), ValueError, "model", "built", "'s'"),
+    ("targets a list", lambda: fit_with(targets=[0.5]), TypeError, "targets", "dict", "[0.5]"),
+    ("target of 1", lambda: fit_with(targets={"conv": 1}), ValueError, "targets['conv']", "[0, 1)", "1"),
+    ("target unmatched", lambda: fit_with(targets={"cnov": 0.5}), ValueError, "include", "'conv'", "'cnov'"),
+    ("finer granularity", lambda: fit_with(granularity="weight"), ValueError, "granularity", "'conv'", "'weight'"),
+    ("fit too short", lambda: fit_with(schedule=decay()), ValueError, "schedule", "step 100", "PolynomialDecay"),
+    ("count unbuilt", lambda: ks.count(keras.Sequential(name="s")), ValueError, "model", "built", "'s'"),
+    (
+        "count of unknown size",
+        lambda: ks.count(keras.Sequential([keras.layers.Input((None, None, 1)), keras.layers.Conv2D(1, 1)])),
+        ValueError,
+        "input_shape",
+        "unknown sizes",
+        "None",
+    ),
+    ("count of a wrong size", lambda: ks.count(cnn(), (5, 5, 2)), ValueError, "input_shape", "(6, 6, 2)", "(5, 5, 2)"),
+    ("unknown backend", lambda: ks.export(cnn(), "x", backend="fast"), ValueError, "backend", "'op'", "'fast'"),
+    (
+        "routine of another backend",
+        lambda: ks.export(cnn(), "x", backend="compact", routine="thinned"),
+        ValueError,
+        "routine",
+        "'auto'",
+        "'thinned'",
+    ),
+    ("routine dense", lambda: ks.export(cnn(), "x", routine="dense"), ValueError, "routine", "'auto'", "'dense'"),
+    ("batch 0", lambda: ks.export(cnn(), "x", batch_size=0), ValueError, "batch_size", ">= 1", "0"),
+    ("no batch", lambda: ks.export(cnn(), "x", batch_size=[]), ValueError, "batch_size", "at least one", "[]"),
+    ("export a subclass", lambda: ks.export(Subclassed(), "x"), ValueError, "model", "Sequential", "'subclassed'"),
+    ("load nothing", lambda: ks.load("no/such/place"), FileNotFoundError, "path", "SavedModel", "'no/such/place'"),
+    ("pack a matrix", lambda: packing.thinned_filter(np.ones((3, 3))), ValueError, "kernel", "rank 4", "(3, 3)"),
+    ("groups do not divide", lambda: packing.connection_table(KERNEL, 4), ValueError, "groups", "divide", "4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "argument", "rule", "received"), [pytest.param(*case[1:], id=case[0]) for case in CASES]
+)
+def test_wrong_argument(call, error, argument, rule, received, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert f"`{argument}` must " in message
+    assert rule in message
+    assert re.search(r"Received: \S", message) and received in message.split("Received: ")[1]
+    assert not list(tmp_path.iterdir()), "an error left something behind"
+
+
+def test_the_table_is_long_enough():
+    assert len(CASES) >= 40 and len({case[0] for case in CASES}) == len(CASES)
+
+
+def test_allocation_and_criterion_stubs_say_what_to_define():
+    with pytest.raises(NotImplementedError, match="must define `allocate"):
+        allocation.Allocation().allocate(0.5, [])
+    with pytest.raises(NotImplementedError, match="must define `__call__"):
+        ks.schedules.Schedule(0, 1, 1)(0)
