@@ -1,0 +1,141 @@
+// Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
+//
+// The compute routines of keras_sparse behind a C interface: no TensorFlow, no Eigen, no Python.
+//
+// Six operations are computed, three for each of two storage formats of a sparse filter:
+//
+//   connection table   CSR by output channel. `row_splits` [out_channels + 1] and `input_channels`
+//                      [kept] name the kept (input channel, output channel) pairs; `filter` is
+//                      [kept, kernel_height, kernel_width] in table order.
+//   thinned filter     `indices` [kept] are the kept rows of the lowered kernel matrix,
+//                      index = (i * kernel_width + j) * in_channels + s for tap (i, j) and input
+//                      channel s; `filter` is [kept, out_channels].
+//
+// A caller fills KsArguments, asks ks_select() for a routine and its plan, provides the memory the
+// plan asks for, and runs the stages of the plan one after another:
+//
+//   for stage in 0 .. plan.num_stages - 1:
+//     for any partition of [0, plan.stages[stage].items) into ranges, on any threads:
+//       routine->run(&arguments, &plan, stage, begin, end, shared, scratch of this thread)
+//
+// The result does not depend on the partition, bit for bit: a routine fixes how the work is cut in
+// its plan, which knows nothing of threads.
+//
+// Checks are the caller's: every routine relies on ks_check_arguments() having returned KS_OK.
+
+#ifndef KERAS_SPARSE_CUSTOM_OPS_KERNELS_CONV2D_H_
+#define KERAS_SPARSE_CUSTOM_OPS_KERNELS_CONV2D_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Tensors are dense, float32, NHWC: input [batch, in_height, in_width, in_channels] and output
+// [batch, out_height, out_width, out_channels]. Output pixel (y, x) and tap (i, j) meet at input
+// pixel (y * stride_height + i * dilation_height - pad_top, ... likewise for columns); an input
+// pixel outside the image is zero. Padding at the bottom and the right follows from the sizes.
+typedef struct KsGeometry {
+  int64_t batch;
+  int64_t in_height, in_width, in_channels;
+  int64_t out_height, out_width, out_channels;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t dilation_height, dilation_width;
+  int64_t pad_top, pad_left;
+} KsGeometry;
+
+typedef enum KsOperation {
+  KS_CONNECTION_CONV2D = 0,
+  KS_CONNECTION_CONV2D_BACKPROP_INPUT = 1,
+  KS_CONNECTION_CONV2D_BACKPROP_FILTER = 2,
+  KS_THINNED_CONV2D = 3,
+  KS_THINNED_CONV2D_BACKPROP_INPUT = 4,
+  KS_THINNED_CONV2D_BACKPROP_FILTER = 5,
+  KS_NUM_OPERATIONS = 6
+} KsOperation;
+
+// All memory is the caller's; float pointers are aligned to 4 bytes or better. A pointer that the
+// operation does not use is null. Which pointers an operation reads, and what it writes:
+//
+//   operation                  input   filter   out_backprop   result
+//   *_CONV2D                   read    read     -              output   (the output tensor)
+//   *_BACKPROP_INPUT           -       read     read           output   (shaped as the input)
+//   *_BACKPROP_FILTER          read    -        read           output   (shaped as the filter)
+//
+// Every element of `output` is written, `output` overlaps nothing else.
+typedef struct KsArguments {
+  KsOperation operation;
+  KsGeometry geometry;
+  int64_t kept;                   // Connections of the table, or rows of the thinned filter.
+  const int32_t* row_splits;      // [out_channels + 1]; connection operations only.
+  const int32_t* input_channels;  // [kept]; connection operations only.
+  const int32_t* indices;         // [kept]; thinned operations only.
+  const float* input;
+  const float* filter;
+  const float* out_backprop;
+  float* output;
+} KsArguments;
+
+enum { KS_MAX_STAGES = 4, KS_PLAN_PARAMETERS = 64 };
+
+typedef struct KsStage {
+  int64_t items;  // Independent pieces of work.
+  int64_t cost;   // Of one item, in clock cycles, roughly; never 0.
+} KsStage;
+
+typedef struct KsPlan {
+  int64_t shared_bytes;   // One block for the whole call, kept from stage to stage.
+  int64_t scratch_bytes;  // One block for each thread; nothing is kept between two run() calls.
+  int32_t num_stages;
+  KsStage stages[KS_MAX_STAGES];
+  int64_t parameters[KS_PLAN_PARAMETERS];  // The routine's own: tile sizes and the like.
+} KsPlan;
+
+// Alignment of the shared and the scratch block, which arrive uninitialised.
+enum { KS_ALIGNMENT = 64 };
+
+typedef struct KsRoutine {
+  KsOperation operation;
+  const char* name;  // As in cpu/routines.inc.
+  const char* isa;   // "avx512", "avx2", "baseline" or "reference".
+  // Fills `plan` and returns 1, or returns 0 when the routine does not take these arguments (the
+  // next routine in the list is then asked). Reads sizes and the table, never tensor values.
+  int (*plan)(const KsArguments* arguments, KsPlan* plan);
+  void (*run)(const KsArguments* arguments, const KsPlan* plan, int32_t stage, int64_t begin,
+              int64_t end, void* shared, void* scratch);
+} KsRoutine;
+
+typedef enum KsStatus {
+  KS_OK = 0,
+  KS_BAD_SIZE = 1,            // A size is negative, or a stride, dilation or kernel size below 1.
+  KS_BAD_ROW_SPLITS = 2,      // Entry `position` breaks the rules of row_splits.
+  KS_BAD_INPUT_CHANNELS = 3,  // Entry `position` is out of range or does not increase in its row.
+  KS_BAD_INDICES = 4,         // Entry `position` is out of range or does not increase.
+  KS_TOO_LARGE = 5            // A tensor would hold more than 2^62 bytes, or a table over 2^31 - 1.
+} KsStatus;
+
+// Checks the sizes and the values of the table. On an error that has one, *position is the
+// offending entry. Never reads out of the bounds given in KsArguments. Reads no tensor values.
+KsStatus ks_check_arguments(const KsArguments* arguments, int64_t* position);
+
+// The routine for these arguments: the first one of the best instruction set that takes them. Never
+// null: the scalar reference takes everything.
+const KsRoutine* ks_select(const KsArguments* arguments, KsPlan* plan);
+
+// All routines this machine can run, best instruction set first, the reference last. Entry i of
+// ks_num_routines(); for tests and benchmarks.
+int32_t ks_num_routines(void);
+const KsRoutine* ks_routine(int32_t i);
+
+// The instruction set that ks_select() uses: the best of this CPU, or a lower one when the
+// environment variable KERAS_SPARSE_ISA names one ("avx512", "avx2", "baseline", "reference"). Read
+// once.
+const char* ks_isa(void);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif
+
+#endif  // KERAS_SPARSE_CUSTOM_OPS_KERNELS_CONV2D_H_

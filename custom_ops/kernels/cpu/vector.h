@@ -1,0 +1,138 @@
+// Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
+//
+// Vectors of the instruction set a file is compiled for. Only routine sources include this file:
+// it and they are compiled once per instruction set, into the namespace ks::KS_ISA, and use nothing
+// of the standard library that could leak into the process as an inline function compiled with
+// instructions the CPU lacks.
+
+#ifndef KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_VECTOR_H_
+#define KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_VECTOR_H_
+
+#include <stdint.h>
+#include <string.h>
+
+#if !defined(KS_ISA) || !defined(KS_VECTOR_BYTES)
+#error "Define KS_ISA (avx512, avx2 or baseline) and KS_VECTOR_BYTES (64, 32 or 16)."
+#endif
+#if KS_VECTOR_BYTES == 64 && !defined(__AVX512F__)
+#error "64-byte vectors need -mavx512f: without it they are emulated, far slower than scalars."
+#endif
+#if KS_VECTOR_BYTES == 32 && !(defined(__AVX2__) && defined(__FMA__))
+#error "32-byte vectors need -mavx2 -mfma: without them they are emulated."
+#endif
+
+#define KS_INLINE static inline __attribute__((always_inline))
+// For loops with a constant trip count whose body keeps arrays of vectors in registers.
+#ifdef __clang__
+#define KS_UNROLL _Pragma("unroll")
+#else
+#define KS_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace ks {
+namespace KS_ISA {
+
+constexpr int kLanes = KS_VECTOR_BYTES / 4;
+#if KS_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+typedef float Vec __attribute__((vector_size(KS_VECTOR_BYTES)));
+typedef float UnalignedVec __attribute__((vector_size(KS_VECTOR_BYTES), aligned(4), may_alias));
+
+KS_INLINE Vec Load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+KS_INLINE void Store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+KS_INLINE Vec Splat(float x) { return x - Vec{}; }  // x - 0 is x, -0 included: one broadcast.
+
+KS_INLINE void StoreFirst(float* p, Vec v, int64_t count) {
+  float lanes[kLanes];
+  Store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+template <int... kIndex>
+struct Lanes {};
+#if KS_VECTOR_BYTES == 64
+typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
+#elif KS_VECTOR_BYTES == 32
+typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
+#else
+typedef Lanes<0, 1, 2, 3> AllLanes;
+#endif
+
+template <int... kIndex>
+KS_INLINE Vec Shuffle(Vec a, Vec b, Lanes<kIndex...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kIndex...);
+#else
+  typedef int32_t Mask __attribute__((vector_size(KS_VECTOR_BYTES)));
+  return __builtin_shuffle(a, b, Mask{kIndex...});
+#endif
+}
+
+// Exchanges the odd blocks of kStep lanes of `a` with the even blocks of `b`.
+template <int kStep, int... kIndex>
+KS_INLINE void Exchange(Vec& a, Vec& b, Lanes<kIndex...>) {
+  const Vec low = Shuffle(a, b, Lanes<((kIndex & kStep) ? kLanes + kIndex - kStep : kIndex)...>());
+  const Vec high = Shuffle(a, b, Lanes<((kIndex & kStep) ? kLanes + kIndex : kIndex + kStep)...>());
+  a = low;
+  b = high;
+}
+
+template <int kStep>
+KS_INLINE void ExchangeAll(Vec (&rows)[kLanes]) {
+  KS_UNROLL
+  for (int r = 0; r < kLanes; ++r) {
+    if ((r & kStep) == 0) Exchange<kStep>(rows[r], rows[r + kStep], AllLanes());
+  }
+}
+
+// Transposes kLanes x kLanes values in registers.
+KS_INLINE void Transpose(Vec (&rows)[kLanes]) {
+  ExchangeAll<1>(rows);
+  ExchangeAll<2>(rows);
+#if KS_VECTOR_BYTES >= 32
+  ExchangeAll<4>(rows);
+#endif
+#if KS_VECTOR_BYTES >= 64
+  ExchangeAll<8>(rows);
+#endif
+}
+
+// Adds the lanes kDistance away.
+template <int kDistance, int... kIndex>
+KS_INLINE Vec AddLanes(Vec v, Lanes<kIndex...>) {
+  return v + Shuffle(v, v, Lanes<(kIndex ^ kDistance)...>());
+}
+
+// The sum of all lanes, in a fixed order.
+KS_INLINE float Sum(Vec v) {
+#if KS_VECTOR_BYTES >= 64
+  v = AddLanes<8>(v, AllLanes());
+#endif
+#if KS_VECTOR_BYTES >= 32
+  v = AddLanes<4>(v, AllLanes());
+#endif
+  v = AddLanes<2>(v, AllLanes());
+  return v[0] + v[1];
+}
+
+// --- Integers ------------------------------------------------------------------------------------
+
+KS_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+KS_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
+KS_INLINE int64_t FloorDiv(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }  // b > 0
+KS_INLINE int64_t CeilDiv(int64_t a, int64_t b) { return -FloorDiv(-a, b); }              // b > 0
+KS_INLINE int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+// Part `i` of `parts` nearly equal ones of [0, size).
+KS_INLINE int64_t PartBegin(int64_t size, int64_t parts, int64_t i) {
+  return size / parts * i + Min(i, size % parts);
+}
+
+}  // namespace KS_ISA
+}  // namespace ks
+
+#endif  // KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_VECTOR_H_

@@ -1,0 +1,461 @@
+// Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
+//
+// Every routine of the list, for every instruction set of this machine, against the scalar
+// reference; independence of the partition of the work; the checks of ks_check_arguments().
+
+#include "custom_ops/kernels/conv2d.h"
+
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr uint32_t kSeed = 20240711;
+
+struct Case {
+  int64_t batch, height, width, in_channels, out_channels;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height = 1, stride_width = 1;
+  int64_t dilation_height = 1, dilation_width = 1;
+  int64_t pad_top = 0, pad_bottom = 0, pad_left = 0, pad_right = 0;
+  double density = 0.3;
+};
+
+std::string Describe(const Case& c) {
+  std::string text =
+      "batch " + std::to_string(c.batch) + ", " + std::to_string(c.height) + "x" +
+      std::to_string(c.width) + ", channels " + std::to_string(c.in_channels) + "->" +
+      std::to_string(c.out_channels) + ", kernel " + std::to_string(c.kernel_height) + "x" +
+      std::to_string(c.kernel_width) + ", strides " + std::to_string(c.stride_height) + "," +
+      std::to_string(c.stride_width) + ", dilations " + std::to_string(c.dilation_height) + "," +
+      std::to_string(c.dilation_width) + ", pads " + std::to_string(c.pad_top) + "," +
+      std::to_string(c.pad_bottom) + "," + std::to_string(c.pad_left) + "," +
+      std::to_string(c.pad_right) + ", density " + std::to_string(c.density);
+  return text;
+}
+
+int64_t OutSize(int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int64_t pads) {
+  const int64_t room = size + pads - ((kernel - 1) * dilation + 1);
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+KsGeometry Geometry(const Case& c) {
+  KsGeometry g;
+  g.batch = c.batch;
+  g.in_height = c.height;
+  g.in_width = c.width;
+  g.in_channels = c.in_channels;
+  g.out_height = OutSize(c.height, c.kernel_height, c.stride_height, c.dilation_height,
+                         c.pad_top + c.pad_bottom);
+  g.out_width =
+      OutSize(c.width, c.kernel_width, c.stride_width, c.dilation_width, c.pad_left + c.pad_right);
+  g.out_channels = c.out_channels;
+  g.kernel_height = c.kernel_height;
+  g.kernel_width = c.kernel_width;
+  g.stride_height = c.stride_height;
+  g.stride_width = c.stride_width;
+  g.dilation_height = c.dilation_height;
+  g.dilation_width = c.dilation_width;
+  g.pad_top = c.pad_top;
+  g.pad_left = c.pad_left;
+  return g;
+}
+
+bool IsConnection(KsOperation operation) { return operation < KS_THINNED_CONV2D; }
+
+// Tensors and tables of a case. Pointers go to blocks of exactly the right size, so that a memory
+// checker sees a routine that leaves them.
+class Problem {
+ public:
+  Problem(KsOperation operation, const Case& c) {
+    std::mt19937 random(kSeed);
+    std::uniform_real_distribution<double> uniform(0, 1);
+    std::normal_distribution<float> normal(0, 1);
+    arguments_ = {};
+    arguments_.operation = operation;
+    arguments_.geometry = Geometry(c);
+    const KsGeometry& g = arguments_.geometry;
+    if (IsConnection(operation)) {
+      row_splits_.push_back(0);
+      for (int64_t o = 0; o < g.out_channels; ++o) {
+        for (int64_t s = 0; s < g.in_channels; ++s) {
+          // Every third output channel is empty when the table is sparse.
+          if (uniform(random) < c.density && (c.density > 0.5 || o % 3 != 1)) {
+            channels_.push_back(static_cast<int32_t>(s));
+          }
+        }
+        row_splits_.push_back(static_cast<int32_t>(channels_.size()));
+      }
+      arguments_.kept = static_cast<int64_t>(channels_.size());
+      arguments_.row_splits = row_splits_.data();
+      arguments_.input_channels = channels_.data();
+    } else {
+      for (int64_t k = 0; k < g.kernel_height * g.kernel_width * g.in_channels; ++k) {
+        if (uniform(random) < c.density) indices_.push_back(static_cast<int32_t>(k));
+      }
+      arguments_.kept = static_cast<int64_t>(indices_.size());
+      arguments_.indices = indices_.data();
+    }
+    const int64_t filter_size =
+        arguments_.kept *
+        (IsConnection(operation) ? g.kernel_height * g.kernel_width : g.out_channels);
+    const auto fill = [&](int64_t size) {
+      std::vector<float> values(size);
+      for (float& value : values) value = normal(random);
+      return values;
+    };
+    input_ = fill(g.batch * g.in_height * g.in_width * g.in_channels);
+    filter_ = fill(filter_size);
+    out_backprop_ = fill(g.batch * g.out_height * g.out_width * g.out_channels);
+    const int kind = operation % 3;  // Forward, gradient of the input, of the filter.
+    if (kind != 1) arguments_.input = input_.data();
+    if (kind != 2) arguments_.filter = filter_.data();
+    if (kind != 0) arguments_.out_backprop = out_backprop_.data();
+    result_size_ = kind == 0 ? out_backprop_.size() : kind == 1 ? input_.size() : filter_.size();
+    // Terms of one sum, for the tolerance.
+    terms_ = kind == 2
+                 ? g.batch * g.out_height * g.out_width
+                 : g.kernel_height * g.kernel_width * (kind == 0 ? g.in_channels : g.out_channels);
+  }
+
+  const KsArguments& arguments() const { return arguments_; }
+  double tolerance() const { return 1e-6 * (8 + 4 * std::sqrt(static_cast<double>(terms_))); }
+
+  // Runs a routine, its work cut into ranges of `range` items taken backwards when range > 0, with
+  // all memory filled with NaN before. Returns false when the routine declines.
+  bool Run(const KsRoutine* routine, int64_t range, std::vector<float>* result) const {
+    KsArguments arguments = arguments_;
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    result->assign(result_size_, nan);
+    arguments.output = result->data();
+    KsPlan plan;
+    if (!routine->plan(&arguments, &plan)) return false;
+    void* shared = Allocate(plan.shared_bytes);
+    void* scratch = Allocate(plan.scratch_bytes);
+    for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
+      const int64_t items = plan.stages[stage].items;
+      EXPECT_GE(items, 0);
+      EXPECT_TRUE(items == 0 || plan.stages[stage].cost > 0);
+      if (range <= 0) {
+        if (items > 0) routine->run(&arguments, &plan, stage, 0, items, shared, scratch);
+        continue;
+      }
+      for (int64_t end = items; end > 0; end -= range) {
+        memset(scratch, 0xff, plan.scratch_bytes);
+        routine->run(&arguments, &plan, stage, end > range ? end - range : 0, end, shared, scratch);
+      }
+    }
+    CheckAndFree(shared, plan.shared_bytes);
+    CheckAndFree(scratch, plan.scratch_bytes);
+    return true;
+  }
+
+ private:
+  static constexpr int64_t kGuard = 4096;
+
+  // Filled with 0xff bytes (NaN), and followed by a guard that must stay so.
+  static void* Allocate(int64_t bytes) {
+    const int64_t size = (bytes + kGuard + KS_ALIGNMENT - 1) / KS_ALIGNMENT * KS_ALIGNMENT;
+    void* block = aligned_alloc(KS_ALIGNMENT, size);
+    memset(block, 0xff, size);
+    return block;
+  }
+  static void CheckAndFree(void* block, int64_t bytes) {
+    const unsigned char* guard = static_cast<unsigned char*>(block) + bytes;
+    for (int64_t i = 0; i < kGuard; ++i) {
+      if (guard[i] != 0xff) {
+        ADD_FAILURE() << "A routine wrote past its memory, by " << i << " bytes.";
+        break;
+      }
+    }
+    free(block);
+  }
+
+  KsArguments arguments_;
+  std::vector<int32_t> row_splits_, channels_, indices_;
+  std::vector<float> input_, filter_, out_backprop_;
+  size_t result_size_;
+  int64_t terms_;
+};
+
+void CheckRoutines(const Case& c, int* runs) {
+  SCOPED_TRACE(Describe(c));
+  for (int operation = 0; operation < KS_NUM_OPERATIONS; ++operation) {
+    const Problem problem(static_cast<KsOperation>(operation), c);
+    int64_t position;
+    ASSERT_EQ(ks_check_arguments(&problem.arguments(), &position), KS_OK);
+    std::vector<float> expected;
+    for (int32_t i = 0; i < ks_num_routines(); ++i) {
+      const KsRoutine* routine = ks_routine(i);
+      if (routine->operation == operation && strcmp(routine->isa, "reference") == 0) {
+        ASSERT_TRUE(problem.Run(routine, 0, &expected));
+      }
+    }
+    for (int32_t i = 0; i < ks_num_routines(); ++i) {
+      const KsRoutine* routine = ks_routine(i);
+      if (routine->operation != operation || strcmp(routine->isa, "reference") == 0) continue;
+      SCOPED_TRACE(std::string(routine->name) + " " + routine->isa);
+      std::vector<float> actual, again;
+      if (!problem.Run(routine, 0, &actual)) continue;
+      ++*runs;
+      for (size_t e = 0; e < expected.size(); ++e) {
+        ASSERT_NEAR(actual[e], expected[e], problem.tolerance()) << "element " << e;
+      }
+      ASSERT_TRUE(problem.Run(routine, 1, &again));
+      ASSERT_TRUE(actual.empty() ||
+                  memcmp(actual.data(), again.data(), actual.size() * sizeof(float)) == 0)
+          << "The result depends on how the work is cut.";
+    }
+  }
+}
+
+void CheckAll(const std::vector<Case>& cases) {
+  int runs = 0;
+  for (const Case& c : cases) CheckRoutines(c, &runs);
+  EXPECT_GT(runs, 0);
+  testing::Test::RecordProperty("routine_runs", runs);
+}
+
+Case Same(Case c) {
+  const auto pads = [](int64_t size, int64_t kernel, int64_t stride, int64_t dilation,
+                       int64_t* before, int64_t* after) {
+    const int64_t out = (size + stride - 1) / stride;
+    const int64_t total =
+        std::max<int64_t>(0, (out - 1) * stride + (kernel - 1) * dilation + 1 - size);
+    *before = total / 2;
+    *after = total - total / 2;
+  };
+  pads(c.height, c.kernel_height, c.stride_height, c.dilation_height, &c.pad_top, &c.pad_bottom);
+  pads(c.width, c.kernel_width, c.stride_width, c.dilation_width, &c.pad_left, &c.pad_right);
+  return c;
+}
+
+TEST(Routines, KernelShapes) {
+  std::vector<Case> cases;
+  const int64_t kernels[][2] = {{1, 1}, {1, 7}, {7, 1}, {3, 3}, {5, 5}, {11, 11}, {3, 1}, {2, 4}};
+  for (const auto& kernel : kernels) {
+    cases.push_back({2, 13, 11, 5, 7, kernel[0], kernel[1]});
+    cases.push_back(Same({3, 12, 17, 17, 18, kernel[0], kernel[1]}));
+  }
+  CheckAll(cases);
+}
+
+TEST(Routines, Strides) {
+  std::vector<Case> cases;
+  for (int64_t kernel : {1, 2, 3, 5}) {
+    for (int64_t stride : {1, 2, 4}) {
+      Case c{2, 15, 18, 4, 19, kernel, kernel, stride, stride};
+      cases.push_back(c);
+      cases.push_back(Same(c));
+      cases.push_back(Same({2, 9, 21, 17, 5, kernel, kernel, stride, 1}));
+      cases.push_back(Same({2, 21, 9, 3, 16, kernel, kernel, 1, stride}));
+    }
+  }
+  CheckAll(cases);
+}
+
+TEST(Routines, Dilations) {
+  std::vector<Case> cases;
+  for (int64_t dilation : {1, 2, 3}) {
+    for (int64_t stride : {1, 2, 3}) {
+      cases.push_back(Same({2, 17, 19, 3, 17, 3, 3, stride, stride, dilation, dilation}));
+      cases.push_back({1, 17, 19, 4, 5, 3, 2, stride, 1, dilation, 4 - dilation});
+      cases.push_back(Same({1, 14, 23, 4, 5, 1, 7, 1, stride, dilation, dilation}));
+    }
+  }
+  CheckAll(cases);
+}
+
+TEST(Routines, Channels) {
+  std::vector<Case> cases;
+  for (int64_t in : {1, 3, 17, 64}) {
+    for (int64_t out : {1, 3, 17, 64}) {
+      cases.push_back(Same({2, 8, 9, in, out, 3, 3}));
+      cases.push_back({3, 5, 6, in, out, 1, 1});
+    }
+  }
+  CheckAll(cases);
+}
+
+TEST(Routines, ImageSizes) {
+  std::vector<Case> cases;
+  for (int64_t size : {1, 2, 4, 7, 15, 16, 17, 31, 32, 33, 70}) {
+    cases.push_back(Same({5, size, size, 6, 5, 3, 3}));
+    cases.push_back(Same({3, size, 1, 6, 5, 3, 3}));
+    cases.push_back(Same({3, 1, size, 6, 5, 3, 3, 2, 2}));
+    cases.push_back({9, size, size, 6, 5, 1, 1});
+  }
+  CheckAll(cases);
+}
+
+TEST(Routines, LargerThanATile) {
+  CheckAll({Same({1, 70, 66, 64, 20, 3, 3, 1, 1, 1, 1, 0, 0, 0, 0, 0.05}),
+            Same({40, 8, 8, 40, 20, 3, 3, 1, 1, 1, 1, 0, 0, 0, 0, 0.1}),
+            Same({3, 40, 300, 40, 5, 3, 3, 2, 2, 1, 1, 0, 0, 0, 0, 0.1}),
+            Same({30, 28, 28, 96, 8, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0.1})});
+}
+
+TEST(Routines, ExplicitPaddings) {
+  CheckAll({{2, 9, 10, 4, 5, 3, 3, 1, 1, 1, 1, 0, 3, 2, 1},
+            {2, 9, 10, 4, 5, 3, 3, 2, 2, 1, 1, 5, 4, 7, 0},
+            {2, 9, 10, 4, 5, 1, 1, 1, 1, 1, 1, 1, 0, 0, 2},
+            {2, 9, 10, 4, 5, 2, 2, 3, 3, 2, 2, 9, 9, 9, 9},
+            {1, 2, 2, 4, 5, 3, 3, 4, 4, 1, 1, 20, 20, 20, 20}});
+}
+
+TEST(Routines, Densities) {
+  std::vector<Case> cases;
+  for (double density : {0.0, 0.02, 0.5, 1.0}) {
+    Case c = Same({2, 10, 11, 18, 21, 3, 3});
+    c.density = density;
+    cases.push_back(c);
+    c = Same({2, 10, 11, 18, 21, 1, 1, 2, 2});
+    c.density = density;
+    cases.push_back(c);
+  }
+  CheckAll(cases);
+}
+
+TEST(Routines, NothingToDo) {
+  std::vector<Case> cases = {{0, 8, 8, 3, 4, 3, 3}, {2, 2, 8, 3, 4, 3, 3}, {2, 8, 8, 0, 4, 3, 3},
+                             {2, 8, 8, 3, 0, 3, 3}, {2, 0, 8, 3, 4, 1, 1}, {2, 8, 0, 3, 4, 1, 1}};
+  for (const Case& c : cases) {
+    SCOPED_TRACE(Describe(c));
+    for (int operation = 0; operation < KS_NUM_OPERATIONS; ++operation) {
+      const Problem problem(static_cast<KsOperation>(operation), c);
+      for (int32_t i = 0; i < ks_num_routines(); ++i) {
+        if (ks_routine(i)->operation != operation) continue;
+        std::vector<float> result;
+        if (!problem.Run(ks_routine(i), 1, &result)) continue;
+        for (float value : result) EXPECT_EQ(value, 0);
+      }
+    }
+  }
+}
+
+TEST(Routines, SelectIsTheFirstThatTakesTheArguments) {
+  const Problem problem(KS_CONNECTION_CONV2D, Same({2, 10, 11, 18, 21, 3, 3}));
+  KsPlan plan;
+  const KsRoutine* routine = ks_select(&problem.arguments(), &plan);
+  ASSERT_NE(routine, nullptr);
+  EXPECT_STREQ(routine->isa, ks_isa());
+  // A kernel that reaches across 2^30 columns takes no routine's memory.
+  Case far = {1, 4, 4, 3, 4, 2, 2, 1, 1, 1, int64_t{1} << 30};
+  far.pad_right = int64_t{1} << 30;
+  for (int operation = 0; operation < KS_NUM_OPERATIONS; ++operation) {
+    Problem wide(static_cast<KsOperation>(operation), far);
+    int64_t position;
+    ASSERT_EQ(ks_check_arguments(&wide.arguments(), &position), KS_OK);
+    routine = ks_select(&wide.arguments(), &plan);
+    ASSERT_NE(routine, nullptr);
+    EXPECT_STREQ(routine->isa, "reference");
+  }
+}
+
+// --- Checks --------------------------------------------------------------------------------------
+
+class Checks : public testing::Test {
+ protected:
+  KsStatus Check(const KsArguments& arguments) {
+    return ks_check_arguments(&arguments, &position_);
+  }
+
+  KsArguments Connection() {
+    KsArguments a = {};
+    a.operation = KS_CONNECTION_CONV2D;
+    a.geometry = Geometry({2, 8, 8, 4, 2, 3, 3});
+    a.kept = 4;
+    a.row_splits = row_splits_;
+    a.input_channels = channels_;
+    return a;
+  }
+  KsArguments Thinned() {
+    KsArguments a = {};
+    a.operation = KS_THINNED_CONV2D;
+    a.geometry = Geometry({2, 8, 8, 4, 2, 3, 3});
+    a.kept = 3;
+    a.indices = indices_;
+    return a;
+  }
+
+  int32_t row_splits_[3] = {0, 3, 4};
+  int32_t channels_[4] = {0, 1, 3, 2};
+  int32_t indices_[3] = {0, 7, 35};
+  int64_t position_ = 0;
+};
+
+TEST_F(Checks, GoodTablesPass) {
+  EXPECT_EQ(Check(Connection()), KS_OK);
+  EXPECT_EQ(Check(Thinned()), KS_OK);
+}
+
+TEST_F(Checks, RowSplits) {
+  row_splits_[0] = 1;
+  EXPECT_EQ(Check(Connection()), KS_BAD_ROW_SPLITS);
+  EXPECT_EQ(position_, 0);
+  row_splits_[0] = 0;
+  row_splits_[1] = -1;
+  EXPECT_EQ(Check(Connection()), KS_BAD_ROW_SPLITS);
+  EXPECT_EQ(position_, 1);
+  row_splits_[1] = 5;
+  EXPECT_EQ(Check(Connection()), KS_BAD_ROW_SPLITS);
+  row_splits_[1] = 3;
+  row_splits_[2] = 3;
+  EXPECT_EQ(Check(Connection()), KS_BAD_ROW_SPLITS);
+  EXPECT_EQ(position_, 2);
+}
+
+TEST_F(Checks, InputChannels) {
+  channels_[1] = 0;
+  EXPECT_EQ(Check(Connection()), KS_BAD_INPUT_CHANNELS);
+  EXPECT_EQ(position_, 1);
+  channels_[1] = 1;
+  channels_[3] = 4;
+  EXPECT_EQ(Check(Connection()), KS_BAD_INPUT_CHANNELS);
+  EXPECT_EQ(position_, 3);
+  channels_[3] = -1;
+  EXPECT_EQ(Check(Connection()), KS_BAD_INPUT_CHANNELS);
+}
+
+TEST_F(Checks, Indices) {
+  indices_[2] = 36;
+  EXPECT_EQ(Check(Thinned()), KS_BAD_INDICES);
+  EXPECT_EQ(position_, 2);
+  indices_[2] = 7;
+  EXPECT_EQ(Check(Thinned()), KS_BAD_INDICES);
+  indices_[2] = 35;
+  indices_[0] = -1;
+  EXPECT_EQ(Check(Thinned()), KS_BAD_INDICES);
+  EXPECT_EQ(position_, 0);
+}
+
+TEST_F(Checks, Sizes) {
+  KsArguments a = Connection();
+  a.geometry.stride_width = 0;
+  EXPECT_EQ(Check(a), KS_BAD_SIZE);
+  a = Connection();
+  a.geometry.pad_top = -1;
+  EXPECT_EQ(Check(a), KS_BAD_SIZE);
+  a = Connection();
+  a.geometry.batch = int64_t{1} << 39;
+  a.geometry.in_height = int64_t{1} << 39;
+  EXPECT_EQ(Check(a), KS_TOO_LARGE);
+  a = Thinned();
+  a.geometry.kernel_height = 1 << 20;
+  a.geometry.kernel_width = 1 << 20;
+  EXPECT_EQ(Check(a), KS_TOO_LARGE);
+  a = Connection();
+  a.geometry.kernel_width = 1 << 30;
+  a.geometry.dilation_width = 1 << 30;
+  EXPECT_EQ(Check(a), KS_TOO_LARGE);
+}
+
+}  // namespace

@@ -1,0 +1,137 @@
+# Copyright 2026 The keras_sparse Authors.
+# Licensed under the Apache License, Version 2.0.
+"""Gradients of the six compiled ops.
+
+A convolution is linear in its input and in its filter, so the gradient of each of the three ops of
+a storage format is computed by the other two: with the forward op f(x, w), the gradient of
+`BackpropInput(w, g)` with respect to w is `BackpropFilter(x', g)` and with respect to g is
+`f(x', w)`, where x' is the incoming gradient. Gradients of any order follow.
+"""
+
+import tensorflow as tf
+
+from keras_sparse.ops import library
+
+_ATTRIBUTES = ("strides", "dilations", "padding", "explicit_paddings")
+
+
+def _attributes(op):
+    values = {name: op.get_attr(name) for name in _ATTRIBUTES}
+    values["padding"] = tf.compat.as_str(values["padding"])
+    return values
+
+
+def _filter_kernel_size(filter):
+    """The kernel size of a connection filter; `kernel_size` is an attribute, hence static."""
+    kernel_size = filter.shape[1:3].as_list() if filter.shape.rank == 3 else [None]
+    if None in kernel_size:
+        raise ValueError(
+            f"The gradient of connection_conv2d needs a `filter` of static kernel size, received shape {filter.shape}"
+        )
+    return kernel_size
+
+
+def _connection_conv2d(op, gradient):
+    inputs, filter, row_splits, input_channels = op.inputs
+    attributes = _attributes(op)
+    ops = library.load()
+    return (
+        ops.keras_sparse_connection_conv2d_backprop_input(
+            tf.shape(inputs), filter, row_splits, input_channels, gradient, **attributes
+        ),
+        ops.keras_sparse_connection_conv2d_backprop_filter(
+            inputs,
+            row_splits,
+            input_channels,
+            gradient,
+            kernel_size=_filter_kernel_size(filter),
+            **attributes,
+        ),
+        None,
+        None,
+    )
+
+
+def _connection_conv2d_backprop_input(op, gradient):
+    _, filter, row_splits, input_channels, out_backprop = op.inputs
+    attributes = _attributes(op)
+    ops = library.load()
+    return (
+        None,
+        ops.keras_sparse_connection_conv2d_backprop_filter(
+            gradient,
+            row_splits,
+            input_channels,
+            out_backprop,
+            kernel_size=_filter_kernel_size(filter),
+            **attributes,
+        ),
+        None,
+        None,
+        ops.keras_sparse_connection_conv2d(gradient, filter, row_splits, input_channels, **attributes),
+    )
+
+
+def _connection_conv2d_backprop_filter(op, gradient):
+    inputs, row_splits, input_channels, out_backprop = op.inputs
+    attributes = _attributes(op)
+    ops = library.load()
+    return (
+        ops.keras_sparse_connection_conv2d_backprop_input(
+            tf.shape(inputs), gradient, row_splits, input_channels, out_backprop, **attributes
+        ),
+        None,
+        None,
+        ops.keras_sparse_connection_conv2d(inputs, gradient, row_splits, input_channels, **attributes),
+    )
+
+
+def _thinned_attributes(op):
+    return {**_attributes(op), "kernel_size": op.get_attr("kernel_size")}
+
+
+def _thinned_conv2d(op, gradient):
+    inputs, filter, indices = op.inputs
+    attributes = _thinned_attributes(op)
+    ops = library.load()
+    return (
+        ops.keras_sparse_thinned_conv2d_backprop_input(tf.shape(inputs), filter, indices, gradient, **attributes),
+        ops.keras_sparse_thinned_conv2d_backprop_filter(inputs, indices, gradient, **attributes),
+        None,
+    )
+
+
+def _thinned_conv2d_backprop_input(op, gradient):
+    _, filter, indices, out_backprop = op.inputs
+    attributes = _thinned_attributes(op)
+    ops = library.load()
+    return (
+        None,
+        ops.keras_sparse_thinned_conv2d_backprop_filter(gradient, indices, out_backprop, **attributes),
+        None,
+        ops.keras_sparse_thinned_conv2d(gradient, filter, indices, **attributes),
+    )
+
+
+def _thinned_conv2d_backprop_filter(op, gradient):
+    inputs, indices, out_backprop = op.inputs
+    attributes = _thinned_attributes(op)
+    ops = library.load()
+    return (
+        ops.keras_sparse_thinned_conv2d_backprop_input(tf.shape(inputs), gradient, indices, out_backprop, **attributes),
+        None,
+        ops.keras_sparse_thinned_conv2d(inputs, gradient, indices, **attributes),
+    )
+
+
+def register():
+    """Registers the gradients; called once, when the package is imported."""
+    for name, function in (
+        ("ConnectionConv2D", _connection_conv2d),
+        ("ConnectionConv2DBackpropInput", _connection_conv2d_backprop_input),
+        ("ConnectionConv2DBackpropFilter", _connection_conv2d_backprop_filter),
+        ("ThinnedConv2D", _thinned_conv2d),
+        ("ThinnedConv2DBackpropInput", _thinned_conv2d_backprop_input),
+        ("ThinnedConv2DBackpropFilter", _thinned_conv2d_backprop_filter),
+    ):
+        tf.RegisterGradient(f"KerasSparse>{name}")(function)
