@@ -2,9 +2,10 @@
 
     python benchmarks/conv_ops.py --layers benchmarks/layers/survey.csv --density .1 .05 --batch 1 8 64 --json out.json
 
-Both run in the same process, turn by turn, on rotating inputs, each several times within one graph; medians are compared.
-TensorFlow gets its filter once as a constant and once as a variable, and its faster time counts. Every sparse result is
-checked against the dense one before it is timed. The ratio is dense time by sparse time: above 1, sparse wins.
+Both run in the same process, turn by turn, on rotating inputs, each several times within one graph; medians are
+compared. TensorFlow gets its filter once as a constant and once as a variable, and its faster time counts. Every
+sparse result is checked against the dense one before it is timed. The ratio is dense time by sparse time: above 1,
+sparse wins.
 
 A list of layers is a CSV file with the columns name, height, width, in_channels, out_channels, kernel_height,
 kernel_width, stride, dilation, padding.
@@ -209,7 +210,8 @@ def run_cells(args):
     peak = measured_peak()
     print(f"{threads} thread(s), measured peak {peak:.0f} GF/s, {args.which}, {args.routine}", flush=True)
     print(
-        f"{'layer':24s} {'density':>7s} {'batch':>5s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'GF/s':>6s} {'peak':>5s}"
+        f"{'layer':24s} {'density':>7s} {'batch':>5s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} "
+        f"{'GF/s':>6s} {'peak':>5s}"
     )
     records = []
     for layer, density, batch in itertools.product(read_layers(args.layers), args.density, args.batch):

@@ -40,7 +40,8 @@ def alternate(functions, input_shapes, dtype="float32", unroll=1, repeats=9, bud
     specs = [tf.TensorSpec(b.shape, b.dtype) for b in buffers[0]]
     specs = specs * unroll
     graphs = {
-        name: tf.function(_unrolled(f, len(input_shapes))).get_concrete_function(*specs) for name, f in functions.items()
+        name: tf.function(_unrolled(function, len(input_shapes))).get_concrete_function(*specs)
+        for name, function in functions.items()
     }
     # Turn t computes on buffers t, t + 1, ...
     turns = [[tensor for i in range(unroll) for tensor in buffers[(t + i) % _BUFFERS]] for t in range(_BUFFERS)]
