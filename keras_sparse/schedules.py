@@ -94,7 +94,7 @@ class Schedule:
 
 @_register
 class ConstantSparsity(Schedule):
-    """The same sparsity from `begin_step` on: \\(s_t = s\\).
+    r"""The same sparsity from `begin_step` on: \(s_t = s\).
 
     Args:
         target_sparsity: Sparsity in [0, 1).
@@ -123,7 +123,7 @@ class ConstantSparsity(Schedule):
 
 @_register
 class OneShot(Schedule):
-    """The whole target at one step: \\(s_t = s\\) for \\(t \\ge t_0\\), masks never change again.
+    r"""The whole target at one step: \(s_t = s\) for \(t \ge t_0\), masks never change again.
 
     Args:
         target_sparsity: Sparsity in [0, 1).

@@ -55,6 +55,8 @@ def matches(pattern, path, layer):
     """Return whether a pattern of `include` or `exclude` means this layer."""
     if isinstance(pattern, type):
         return isinstance(layer, pattern)
+    if pattern in (path, layer.name):  # names may hold characters special in expressions
+        return True
     expression = pattern if isinstance(pattern, re.Pattern) else re.compile(pattern)
     return bool(expression.fullmatch(path) or expression.fullmatch(layer.name))
 
@@ -64,6 +66,9 @@ def _check_patterns(argument, patterns):
         return []
     if isinstance(patterns, (str, re.Pattern, type)):
         patterns = [patterns]
+    elif not isinstance(patterns, (list, tuple, set)):
+        rule = "be a layer name, a regular expression, a layer class, or a list of these"
+        validation.fail(argument, rule, patterns, TypeError)
     patterns = list(patterns)
     for pattern in patterns:
         if isinstance(pattern, str):

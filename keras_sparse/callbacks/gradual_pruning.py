@@ -101,6 +101,8 @@ class GradualPruning(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._optimizer_step()  # raises where there is no optimizer to count by
+        for weight in self._weights:
+            weight.release()
         self._checked_steps = False
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -164,7 +166,7 @@ class GradualPruning(keras.callbacks.Callback):
             self._apply(self.schedule(due))
             self._applied = due
             self._measure()
-            layers = {weight.name: 1.0 - float(weight.mask().mean()) for weight in self._weights}
+            layers = {weight.name: weight.pruned() / weight.size for weight in self._weights}
             self.history.append({"step": due, "sparsity": self._sparsity, "layers": layers})
         return self._sparsity
 
@@ -197,14 +199,15 @@ class GradualPruning(keras.callbacks.Callback):
         steps, epochs = self.params.get("steps"), self.params.get("epochs")
         if steps is None or epochs is None:
             return  # a generator of unknown length; on_train_end warns
-        # Keras counts one iteration for so many batches.
-        accumulated = getattr(_inner(self.model.optimizer), "gradient_accumulation_steps", None) or 1
-        last = step + (epochs - epoch) * steps // accumulated
+        # Keras counts one iteration for so many batches, and batches that an earlier `fit` left over with them.
+        optimizer = _inner(self.model.optimizer)
+        batches = int(keras.ops.convert_to_numpy(optimizer._iterations)) + (epochs - epoch) * steps
+        last = batches // (optimizer.gradient_accumulation_steps or 1)
         if last < self.schedule.final_step:
             self.finish()
             raise ValueError(
-                f"`schedule` must reach its last update within the steps of `fit`. Its last update is at optimizer step "
-                f"{self.schedule.final_step}, but {epochs - epoch} epochs of {steps} batches from step {step} on "
+                "`schedule` must reach its last update within the steps of `fit`. Its last update is at optimizer "
+                f"step {self.schedule.final_step}, but {epochs - epoch} epochs of {steps} batches from step {step} on "
                 f"end at step {last}. Train for more epochs or lower `end_step`. Received: schedule={self.schedule!r}"
             )
 
@@ -212,7 +215,7 @@ class GradualPruning(keras.callbacks.Callback):
         masks = [weight.mask() for weight in self._weights]
         scores = [self._scores(weight, mask) for weight, mask in zip(self._weights, masks)]
         for weight, mask, score, keep in zip(self._weights, masks, scores, self._share(sparsity, scores)):
-            kept = int(mask.sum())
+            kept = int(np.count_nonzero(mask))
             if not self.schedule.densifies:
                 keep = min(keep, kept)  # a model that is sparser already stays so
             if keep != kept:
@@ -246,17 +249,13 @@ class GradualPruning(keras.callbacks.Callback):
     def _stretch(self, sparsity, target):
         """Return the sparsity of a layer whose own final sparsity is `target`."""
         initial, final = self.schedule.initial_sparsity, self.schedule.final_sparsity
-        if final == initial:
-            return target
+        if (final - initial) * (target - initial) <= 0:
+            return target  # no way there along the curve: masks are nested, and would be past it from the start
         return initial + (sparsity - initial) * (target - initial) / (final - initial)
 
     def _measure(self):
-        zeros = total = 0
-        for weight in self._weights:
-            mask = weight.mask()
-            total += mask.size * weight.unit_size
-            zeros += (mask.size - int(mask.sum())) * weight.unit_size
-        self._sparsity = zeros / total
+        pruned = sum(weight.pruned() for weight in self._weights)
+        self._sparsity = pruned / sum(weight.size for weight in self._weights)
 
 
 def _inner(optimizer):

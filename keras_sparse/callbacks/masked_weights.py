@@ -1,5 +1,7 @@
 """The mask interface: what a callback needs of a weight, whoever holds its mask."""
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -37,6 +39,14 @@ class MaskedWeight:
         """Set the mask; pruned weights are zero from here on, returning ones start at zero."""
         raise NotImplementedError
 
+    def pruned(self):
+        """Return how many of the kernel's weights the mask sets to zero."""
+        mask = self.mask()
+        return (mask.size - int(np.count_nonzero(mask))) * self.unit_size
+
+    def release(self):
+        """Called when training begins: undo what a run that an exception ended has left behind."""
+
     def attach(self, model):
         """Called before the first batch, after a saved state has been restored."""
 
@@ -45,6 +55,10 @@ class MaskedWeight:
 
     def detach(self):
         """Called after training."""
+
+    @property
+    def size(self):
+        return math.prod(self._kernel_shape)
 
     @property
     def unit_size(self):
@@ -71,10 +85,10 @@ class LayerMask(MaskedWeight):
             )
 
     def kernel(self):
-        return ops.convert_to_numpy(self.layer.kernel)
+        return _to_numpy(self.layer.kernel)
 
     def mask(self):
-        own = ops.convert_to_numpy(self.layer.mask)
+        own = _to_numpy(self.layer.mask)
         shape = self.granularity.mask_shape(self._kernel_shape)
         axes = tuple(i for i, (have, want) in enumerate(zip(own.shape, shape)) if have != want)
         return own.max(axis=axes, keepdims=True) if axes else own
@@ -82,8 +96,16 @@ class LayerMask(MaskedWeight):
     def assign(self, mask):
         # A coarser granularity than the layer's own writes whole blocks and leaves what was pruned inside them.
         if mask.shape != tuple(self.layer.mask.shape):
-            mask = mask * ops.convert_to_numpy(self.layer.mask)
+            mask = mask * _to_numpy(self.layer.mask)
         self.layer.assign_mask(mask)
+
+    def detach(self):
+        # The averages that an optimizer with `use_ema` puts in the weights' place in the end know no mask.
+        self.layer.assign_mask(_to_numpy(self.layer.mask))
+
+    def pruned(self):
+        own = _to_numpy(self.layer.mask)
+        return (own.size - int(np.count_nonzero(own))) * (self.size // own.size)
 
 
 class InPlaceMask(MaskedWeight):
@@ -98,49 +120,80 @@ class InPlaceMask(MaskedWeight):
         self._variable = selection.kernel_variable(layer)
         shape = self.granularity.mask_shape(self._variable.shape)
         self._mask = keras.Variable(np.ones(shape, "float32"), trainable=False, name=f"{layer.name}_mask")
-        self._users_constraint = None
         self._model = None
 
     def kernel(self):
-        return ops.convert_to_numpy(self._variable)
+        return _to_numpy(self._variable)
 
     def mask(self):
-        return ops.convert_to_numpy(self._mask)
+        return _to_numpy(self._mask)
 
     def assign(self, mask):
         kept_throughout = self.mask() * mask
         self._mask.assign(mask)
         self._variable.assign(ops.multiply(self._variable, ops.cast(kept_throughout, self._variable.dtype)))
 
+    def release(self):
+        if isinstance(self._variable.constraint, _KeepPruned):
+            self._variable.constraint = self._variable.constraint.users_constraint
+
     def attach(self, model):
         # A constraint runs inside the optimizer's step, so that no file written by any callback, in any order,
         # can hold a pruned weight that momentum or weight decay has moved.
-        self._users_constraint = self._variable.constraint
-        self._variable.constraint = self._constrain
+        # Under JAX, whose optimizer step is a pure function of the model's variables, after_batch does it.
+        if keras.backend.backend() != "jax":
+            if not isinstance(self._variable.constraint, _KeepPruned):
+                self._variable.constraint = _KeepPruned(self._variable.constraint)
+            self._variable.constraint.masks[id(self)] = self._mask
         self._model = model
         if getattr(model, "train_function", None) is not None:
             model.make_train_function(force=True)  # traced without the constraint, possibly
         mask = self.granularity.reduce(self.kernel() != 0, np.max).astype("float32")
         self._mask.assign(mask if mask.any() else np.ones_like(mask))
 
-    def _constrain(self, kernel):
-        mask = ops.cast(self._mask, kernel.dtype)
-        kernel = kernel * mask
-        return kernel if self._users_constraint is None else self._users_constraint(kernel) * mask
-
     def after_batch(self, optimizer):
+        if keras.backend.backend() == "jax":
+            self._variable.assign(self._variable * ops.cast(self._mask, self._variable.dtype))
         if not getattr(optimizer, "use_ema", False) or not optimizer.built:
             return
         # The averages are taken before constraints are applied, and overwrite the weights in the end.
-        index = optimizer._get_variable_index(self._variable)
-        average = optimizer._model_variables_moving_average[index]
-        average.assign(average * ops.cast(self._mask, average.dtype))
+        averages = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average)
+        for variable, average in averages:  # that of a frozen layer is not among them
+            if variable is self._variable:
+                average.assign(average * ops.cast(self._mask, average.dtype))
 
     def detach(self):
-        self._variable.constraint = self._users_constraint
-        self._users_constraint = None
+        constraint = self._variable.constraint
+        if isinstance(constraint, _KeepPruned):
+            constraint.masks.pop(id(self), None)
+            if not constraint.masks:
+                self._variable.constraint = constraint.users_constraint
         self._model.train_function = None
         self._variable.assign(ops.multiply(self._variable, ops.cast(self._mask, self._variable.dtype)))
+
+
+class _KeepPruned:
+    """Constraint that holds pruned weights at zero, whatever the user's own constraint makes of them.
+
+    One for a variable, with a mask for each callback that prunes it.
+    """
+
+    def __init__(self, users_constraint):
+        self.users_constraint = users_constraint
+        self.masks = {}
+
+    def __call__(self, kernel):
+        kept = 1
+        for mask in self.masks.values():
+            kept = kept * ops.cast(mask, kernel.dtype)
+        kernel = kernel * kept
+        return kernel if self.users_constraint is None else self.users_constraint(kernel) * kept
+
+
+def _to_numpy(tensor):
+    array = ops.convert_to_numpy(tensor)
+    # NumPy counts and adds up half precisions in half precision: a mask of bfloat16 would have 256 ones at most.
+    return array.astype(np.promote_types(array.dtype, "float32"))
 
 
 def _prunable_in_place(layer):
@@ -169,6 +222,9 @@ def masked_weights(model, granularity=None, include=None, exclude=None):
             for path, layer in layers.items()
             if isinstance(layer, BaseSparse) or _prunable_in_place(layer)
         }
+    # A wrapper may show its layer's kernel as its own.
+    owners = {id(selection.kernel_variable(layer)): path for path, layer in candidates.items()}
+    candidates = {path: candidates[path] for path in owners.values()}
     chosen = selection.select(candidates, include, exclude, known=layers)
     if not chosen:
         rule = "hold a layer with a kernel that `include` names and `exclude` does not"

@@ -1,5 +1,7 @@
 """Base of the layers whose kernel carries a mask."""
 
+import contextlib
+
 import keras
 import numpy as np
 from keras import ops
@@ -30,13 +32,18 @@ class BaseSparse:
         if self.mask_initializer is None:
             validation.fail("mask_initializer", "be a Keras initializer", mask_initializer)
         super().__init__(*args, **kwargs)
+        if getattr(self, "quantization_mode", None) is not None:
+            validation.fail("dtype", "be a policy without quantization", self.dtype_policy.name)
 
     def _kernel_shape(self, input_shape):
         raise NotImplementedError
 
     def build(self, input_shape):
+        kernel_shape = self._kernel_shape(input_shape)
+        if None in kernel_shape:
+            return super().build(input_shape)  # raises what Keras raises
         # The mask comes first because Keras locks a layer's state once LoRA is enabled in its own build().
-        shape = self.granularity.mask_shape(self._kernel_shape(input_shape))
+        shape = self.granularity.mask_shape(kernel_shape)
         self.mask = self.add_weight(
             name="mask",
             shape=shape,
@@ -48,11 +55,15 @@ class BaseSparse:
         # Both act on the variable, which is the raw kernel; the user meant them for the kernel in use.
         if self.kernel_regularizer is not None:
             self._kernel.regularizer = self._regularize_effective
-        self._kernel.constraint = self._constrain_effective
+        # Under JAX the optimizer's step is a pure function that is given no mask: there the masked entries of the raw
+        # kernel may drift, unseen by `kernel` and by files, until `assign_mask` zeroes them.
+        if keras.backend.backend() != "jax":
+            self._kernel.constraint = self._constrain_effective
 
     def _initial_mask(self, shape, dtype=None):
         mask = self.mask_initializer(shape, dtype=dtype)
-        _check_binary("mask_initializer", mask)
+        with contextlib.suppress(NotImplementedError):  # in a layer built within a tf.function
+            _check_binary("mask_initializer", mask)
         return mask
 
     def _regularize_effective(self, raw_kernel):
@@ -90,13 +101,19 @@ class BaseSparse:
         self._kernel.assign(ops.multiply(self._kernel, kept_throughout))
         self.mask.assign(mask)
 
+    def quantize(self, *args, **kwargs):
+        # `keras.Model.quantize` catches this, warns with it and goes on to the next layer.
+        raise NotImplementedError(
+            "A sparse layer cannot be quantized: Keras would compute with its raw kernel, past the "
+            f"mask. Quantize `ks.strip(model)` instead. Received: layer={self.name!r}"
+        )
+
     def save_own_variables(self, store):
         if not self.built:
             return
         entries = {}
         super().save_own_variables(entries)
-        if getattr(self, "quantization_mode", None) is None:
-            entries["0"] = self.kernel  # the effective kernel, also right after `mask.assign`
+        entries["0"] = self.kernel  # the effective kernel, also right after `mask.assign`
         entries["mask"] = self.mask
         for key, value in entries.items():
             store[key] = value

@@ -79,9 +79,14 @@ def strip(model):
 
     Raises:
         TypeError: If `model` is no Keras model.
-        ValueError: If `model` is subclassed or not built.
+        ValueError: If `model` is subclassed or not built, or holds a sparse layer in a wrapper.
     """
     check_supported(model, "strip it")
+    outer = _graph_layers(model)
+    for path, layer in selection.flatten_layers(model).items():
+        if isinstance(layer, BaseSparse) and id(layer) not in outer:
+            rule = f"hold no sparse layer inside another layer, as it does '{path}'"
+            validation.fail("model", rule, model.name)
 
     return transform(model, dense_twin)
 

@@ -1,5 +1,9 @@
 """Rebuilding a model with some of its layers exchanged, weights kept."""
 
+import contextlib
+import tempfile
+import warnings
+
 import keras
 
 __all__ = ["check_supported", "is_graph", "transform"]
@@ -41,27 +45,137 @@ def transform(model, exchange):
 
     Returns:
         The new model. Where `model` was compiled, so is the result, with a fresh optimizer.
+
+    Raises:
+        ValueError: If it or a model in it overrides `call` in a class that Keras cannot rebuild.
     """
-    clones = []
+    copies, transfers = {}, []
 
     def clone(layer):
         exchanged = exchange(layer)
         if exchanged is None:
-            copy, transfer = layer.__class__.from_config(layer.get_config()), _copy_weights
+            copy, transfer = _copy_layer(layer), _copy_state
         else:
             copy, transfer = exchanged
-        clones.append((layer, copy, transfer))
+        transfers.append((layer, copy, transfer))
         return copy
 
-    # One cache over all recursion levels keeps layers shared between nested models shared.
-    result = keras.models.clone_model(model, clone_function=clone, recursive=True, cache={})
+    with _uncompiled(model):
+        # One cache over all recursion levels keeps layers shared between nested models shared.
+        result = keras.models.clone_model(
+            model, _input_tensors(model), clone_function=clone, recursive=True, cache=copies
+        )
     if not result.built:
         result.build(model.input_shape)
-    for old, new, transfer in clones:
+    for old, new, transfer in transfers:
         transfer(old, new)
+    copies[id(model)] = result
+    for old in _graphs(model):
+        _check_same_call(old, copies[id(old)])
+        # Past the setter, which would set all layers inside alike; their configs gave them theirs.
+        copies[id(old)]._trainable = old.trainable
+    if type(result) is not type(model):
+        warnings.warn(
+            f"The result is a plain {type(result).__name__} model: Keras cannot make a "
+            f"{type(model).__name__}, the class of '{model.name}', of inputs and outputs. Methods of "
+            "that class, such as `train_step`, are lost.",
+            stacklevel=3,
+        )
+    for old in _graphs(model):
+        if old.compiled:
+            _compile_like(old, copies[id(old)])
     return result
 
 
-def _copy_weights(old, new):
-    if getattr(old, "weights", None):  # bare operations of a functional graph have none
-        new.set_weights(old.get_weights())
+def _input_tensors(model):
+    """Return inputs like the model's: those `clone_model` makes are renamed, dense and never optional."""
+    if isinstance(model, keras.Sequential):
+        return None
+
+    def copy(tensor):
+        layer = tensor._keras_history.operation
+        return layer.__class__.from_config(layer.get_config()).output
+
+    return keras.tree.map_structure(copy, model.input)
+
+
+def _graphs(model):
+    """Yield the model and its nested models, each after all that hold it, some more than once."""
+    yield model
+    for layer in model.layers:
+        if is_graph(layer):
+            yield from _graphs(layer)
+
+
+def _check_same_call(old, new):
+    if type(old).call is not type(new).call:
+        raise ValueError(
+            "`model` must not be or hold a model that overrides `call`, unless its constructor takes "
+            "`inputs` and `outputs`: Keras rebuilds it from its layers, and its own code would be "
+            "lost. "
+            f"Received: model={old.name!r} of class {type(old).__name__}"
+        )
+
+
+def _copy_layer(layer):
+    if type(layer) is keras.layers.Lambda:
+        # With the function itself: Keras does not read a lambda back from a config.
+        return keras.layers.Lambda(
+            layer.function,
+            layer._output_shape,
+            layer.mask,
+            layer.arguments,
+            name=layer.name,
+            dtype=layer.dtype_policy,
+        )
+    return layer.__class__.from_config(layer.get_config())
+
+
+def _copy_state(old, new):
+    if not isinstance(old, keras.Layer):
+        return  # a bare operation of a functional graph
+    new.set_weights(old.get_weights())
+    # Preprocessing layers hold more than weights: constants computed from them, or a vocabulary.
+    for old_part, new_part in zip(old._flatten_layers(), new._flatten_layers()):
+        if hasattr(old_part, "adapt"):
+            variables = {}
+            old_part.save_own_variables(variables)
+            new_part.load_own_variables(variables)
+        if hasattr(old_part, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                old_part.save_assets(folder)
+                new_part.load_assets(folder)
+
+
+@contextlib.contextmanager
+def _uncompiled(model):
+    """Keep `clone_model` from compiling: it fails on a loss that is not registered with Keras."""
+    compiled = [graph for graph in _graphs(model) if graph.compiled]
+    for graph in compiled:
+        graph.compiled = False
+    try:
+        yield
+    finally:
+        for graph in compiled:
+            graph.compiled = True
+
+
+def _compile_like(old, new):
+    if type(new).compile is not keras.Model.compile:
+        new.compile_from_config(old.get_compile_config())  # the class's own, or Keras's warning
+        return
+    arguments = dict(old._compile_config.config)
+    arguments["optimizer"] = _fresh(old.optimizer)
+    for name in ("metrics", "weighted_metrics"):
+        arguments[name] = keras.tree.map_structure(_fresh, arguments[name])
+    # The optimizer is wrapped already where the loss is to be scaled.
+    new.compile(**arguments, auto_scale_loss=False)
+    if new.optimizer is not None:
+        new.optimizer.build(new.trainable_variables)
+
+
+def _fresh(part):
+    """Return an optimizer or metric of the same configuration without its state; anything else as it is."""
+    if isinstance(part, (keras.optimizers.Optimizer, keras.Metric)):
+        return part.__class__.from_config(part.get_config())
+    return part
