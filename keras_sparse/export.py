@@ -98,7 +98,7 @@ def export(
     measured = routine == "auto" and any(plan.routine != "dense" for plan in plans.values())
     if measured:
         milliseconds = _measure_models(
-            {"dense": transform(model, dense_twin), backend: exported}, model, input_shape, batch_sizes
+            {"dense": transform(model, dense_twin, inference=True), backend: exported}, model, input_shape, batch_sizes
         )
         slower = [b for b in batch_sizes if milliseconds[backend][b] > _NOISE * milliseconds["dense"][b]]
         if slower:
@@ -107,7 +107,7 @@ def export(
                 f"({milliseconds}, ms): the dense one is written instead.",
                 stacklevel=2,
             )
-            exported = transform(model, dense_twin)
+            exported = transform(model, dense_twin, inference=True)
             plans = {path: planner.LayerPlan("dense", p.bytes, p.milliseconds) for path, p in plans.items()}
     plan = {
         "backend": backend,
@@ -150,7 +150,7 @@ def _plannable(layer):
 def _with_routines(model, candidates, routine, batch_sizes, input_shape, plans, verbose):
     """Return the model with the chosen routine in each plannable layer; fills `plans`."""
     if not candidates:
-        return transform(model, dense_twin)
+        return transform(model, dense_twin, inference=True)
     layers = {p: layer for p, layer in selection.flatten_layers(model).items() if _plannable(layer)}
     calls = probing.record_calls(model, input_shape) if routine == "auto" else {}
     progress = keras.utils.Progbar(len(layers), verbose=1 if verbose and routine == "auto" else 0, unit_name="layer")
@@ -169,7 +169,7 @@ def _with_routines(model, candidates, routine, batch_sizes, input_shape, plans, 
             return dense_twin(layer)
         return inference.inference_layer(layer, routines[id(layer)]), lambda old, new: None
 
-    return transform(model, exchange)
+    return transform(model, exchange, inference=True)
 
 
 def _finish_of(layer):

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -18,6 +19,7 @@ export_module = sys.modules["keras_sparse.export"]
 
 RUN_WITH_STOCK_TENSORFLOW = """
 import sys
+import warnings
 import numpy as np
 import tensorflow as tf
 path, inputs, outputs, library = sys.argv[1:]
@@ -284,3 +286,21 @@ def test_the_model_is_left_as_it_was(tmp_path):
     for old, new in zip(before, model.get_weights()):
         np.testing.assert_array_equal(old, new)
     assert model.layers[1].__class__ is ks.layers.SparseConv2D
+
+
+def test_training_is_no_concern_of_an_export(tmp_path):
+    class OwnStep(keras.Model):
+        def __init__(self, *args, scale, **kwargs):  # no constructor that Keras could call with inputs and outputs
+            super().__init__(*args, **kwargs)
+            self.scale = scale
+
+        def train_step(self, data):
+            raise AssertionError("never trained")
+
+    inputs = keras.Input((6, 6, 2))
+    model = prune(OwnStep(inputs, ks.layers.SparseConv2D(3, 3)(inputs), scale=2), 0.5)
+    model.compile("adam", lambda y, p: y - p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ks.export(model, tmp_path / "m", routine="connection", verbose=False)
+    assert_close(ks.load(tmp_path / "m")(examples(model)).numpy(), model.predict(examples(model), verbose=0))

@@ -33,7 +33,7 @@ def is_graph(model):
     return isinstance(model, (keras.Sequential, keras.src.models.Functional))
 
 
-def transform(model, exchange):
+def transform(model, exchange, inference=False):
     """Return a new model in which `exchange` replaced layers; all other layers are copied.
 
     Nested models are opened, and a layer that is called several times, in one model or in several, stays one layer.
@@ -42,6 +42,7 @@ def transform(model, exchange):
         model: A built Sequential or functional model; it is left as it is.
         exchange: Called with each layer. Returns `None` to copy it, or a pair of a new unbuilt layer and a function
             `transfer(old, new)` that sets the new layer's weights once it is built.
+        inference: Whether the new model is only called: it is not compiled then, and may lose a `train_step`.
 
     Returns:
         The new model. Where `model` was compiled, so is the result, with a fresh optimizer.
@@ -74,6 +75,8 @@ def transform(model, exchange):
         _check_same_call(old, copies[id(old)])
         # Past the setter, which would set all layers inside alike; their configs gave them theirs.
         copies[id(old)]._trainable = old.trainable
+    if inference:
+        return result
     if type(result) is not type(model):
         warnings.warn(
             f"The result is a plain {type(result).__name__} model: Keras cannot make a "
