@@ -290,15 +290,15 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 def test_training_is_no_concern_of_an_export(tmp_path):
     class OwnStep(keras.Model):
-        def __init__(self, *args, scale, **kwargs):  # no constructor that Keras could call with inputs and outputs
-            super().__init__(*args, **kwargs)
+        def __init__(self, x, y, scale):  # not one that Keras could call with inputs and outputs alone
+            super().__init__(x, y)
             self.scale = scale
 
         def train_step(self, data):
             raise AssertionError("never trained")
 
     inputs = keras.Input((6, 6, 2))
-    model = prune(OwnStep(inputs, ks.layers.SparseConv2D(3, 3)(inputs), scale=2), 0.5)
+    model = prune(OwnStep(inputs, ks.layers.SparseConv2D(3, 3)(inputs), 2), 0.5)
     model.compile("adam", lambda y, p: y - p)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
