@@ -118,9 +118,7 @@ def select(layers, include=None, exclude=None, known=None):
 
 def _fail_unmatched(argument, pattern, layers, known):
     unsupported = [
-        f"'{path}' ({type(layer).__name__})"
-        for path, layer in known.items()
-        if matches(pattern, path, layer)
+        f"'{path}' ({type(layer).__name__})" for path, layer in known.items() if matches(pattern, path, layer)
     ]
     if unsupported:
         rule = f"name layers that can be pruned here; {', '.join(unsupported[:3])} cannot"

@@ -1,11 +1,17 @@
-"""What all tests share: a quiet TensorFlow, and one seed for every test, printed when it fails."""
+"""What all tests share: a quiet TensorFlow, one seed, untouched settings of Keras, a second Python process."""
 
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import pathlib  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+
 import keras  # noqa: E402
 import pytest  # noqa: E402
+
+import keras_sparse as ks  # noqa: E402
 
 SEED = 20170217
 
@@ -14,5 +20,30 @@ SEED = 20170217
 def seeded(request):
     print(f"seed of {request.node.name}: {SEED}")  # pytest shows it with a failure
     keras.utils.set_random_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def restored_dtype_policy():
+    policy = keras.config.dtype_policy()
     yield
-    keras.backend.clear_session()
+    keras.config.set_dtype_policy(policy)
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Return a function that runs a script in a fresh process and returns what it printed."""
+
+    def run(script, *arguments):
+        root = str(pathlib.Path(ks.__file__).parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TF_CPP_MIN_LOG_LEVEL": "3"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run

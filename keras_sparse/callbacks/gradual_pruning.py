@@ -269,8 +269,7 @@ def _check_targets(targets):
     if not isinstance(targets, dict):
         validation.fail("targets", "be a dict of layer names or regular expressions to sparsities", targets, TypeError)
     return {
-        pattern: validation.sparsity_value(f"targets[{pattern!r}]", sparsity)
-        for pattern, sparsity in targets.items()
+        pattern: validation.sparsity_value(f"targets[{pattern!r}]", sparsity) for pattern, sparsity in targets.items()
     }
 
 

@@ -218,9 +218,7 @@ def masked_weights(model, granularity=None, include=None, exclude=None):
     candidates = sparse
     if not sparse or include is not None:
         candidates = {
-            path: layer
-            for path, layer in layers.items()
-            if isinstance(layer, BaseSparse) or _prunable_in_place(layer)
+            path: layer for path, layer in layers.items() if isinstance(layer, BaseSparse) or _prunable_in_place(layer)
         }
     # A wrapper may show its layer's kernel as its own.
     owners = {id(selection.kernel_variable(layer)): path for path, layer in candidates.items()}

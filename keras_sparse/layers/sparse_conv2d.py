@@ -21,8 +21,8 @@ class SparseConv2D(BaseSparse, keras.layers.Conv2D):
     ```python
     layer = ks.layers.SparseConv2D(64, 3, padding="same", granularity="connection")
     layer.build((None, 32, 32, 16))
-    layer.mask.assign(table)      # (1, 1, 16, 64) of 0 and 1: prunes at once
-    layer.kernel                  # exactly zero where pruned
+    layer.mask.assign(table)  # (1, 1, 16, 64) of 0 and 1: prunes at once
+    layer.kernel  # exactly zero where pruned
     ```
 
     Args:

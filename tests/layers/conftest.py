@@ -1,12 +1,5 @@
-"""What the tests of layers share: a second Python process, oracles, and a restored dtype policy."""
+"""What the tests of layers share: oracles."""
 
-import gc
-import os
-import pathlib
-import subprocess
-import sys
-
-import keras
 import numpy as np
 import pytest
 
@@ -14,39 +7,6 @@ import keras_sparse as ks
 
 GRANULARITIES = ks.granularity.names()
 SPARSITIES = (0.0, 0.5, 0.9, 1.0)
-
-
-@pytest.fixture(autouse=True)
-def frozen_heap():
-    # `clear_session` collects garbage after every test: let it not walk all that was alive before.
-    gc.freeze()
-
-
-@pytest.fixture(autouse=True)
-def restored_dtype_policy():
-    policy = keras.config.dtype_policy()
-    yield
-    keras.config.set_dtype_policy(policy)
-
-
-@pytest.fixture(scope="session")
-def run_python():
-    """Return a function that runs a script in a fresh process and returns what it printed."""
-
-    def run(script, *arguments):
-        root = str(pathlib.Path(ks.__file__).parents[1])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        done = subprocess.run(
-            [sys.executable, "-c", script, *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TF_CPP_MIN_LOG_LEVEL": "3"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
-
-    return run
 
 
 @pytest.fixture(scope="session")
