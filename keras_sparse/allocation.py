@@ -93,10 +93,17 @@ class Global(Allocation):
             owners.append(np.full(flat.size, index, "int64"))
         if not scores:
             return []
+        total = sum(candidate.scores.size * candidate.unit_size for candidate in candidates)
+        target = (1.0 - sparsity) * total
+        # Asked again, as by a resumed run, for what is in place: with units of several sizes, the sums over units in an
+        # order that has changed meanwhile would come closer to the target with another count.
+        available = [int((flat > -np.inf).sum()) for flat in scores]
+        weights = sum(count * candidate.unit_size for count, candidate in zip(available, candidates))
+        if abs(weights - target) <= max(candidate.unit_size for candidate in candidates) / 2:
+            return available
         order = np.argsort(-np.concatenate(scores), kind="stable")
         sizes = np.concatenate(sizes)[order]
         kept_weights = np.concatenate([[0], np.cumsum(sizes)])
-        target = (1.0 - sparsity) * kept_weights[-1]
         units = int(np.argmin(np.abs(kept_weights - target)))
         # The best unit of every layer stands first in the order; none of them may fall to the rounding.
         units = max(units, sum(1 for flat in scores if flat.size))

@@ -71,3 +71,13 @@ def test_units_to_keep_rounds_and_never_reaches_zero():
 def test_serialisation(name):
     allocation = allocations.get(name)
     assert type(allocations.get(keras.saving.serialize_keras_object(allocation))) is type(allocation)
+
+
+def test_global_leaves_what_is_in_place():
+    layers = candidates((40, 30), (9, 25))
+    keep = Global().allocate(0.6, layers)
+    # As a callback hands them in again: pruned units rank last, and the scores have moved.
+    for layer, count in zip(layers, keep):
+        pruned = layer.scores < np.sort(layer.scores)[-count]
+        layer.scores = np.where(pruned, -np.inf, np.random.default_rng(count).random(layer.scores.shape))
+    assert Global().allocate(0.6, layers) == keep

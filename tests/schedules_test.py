@@ -156,6 +156,9 @@ def test_doubling_counts_powers_of_two_exactly():
             if initial * 2**doublings <= 100:
                 schedule = Doubling(initial / 100, initial * 2**doublings / 100)
                 assert schedule.final_step == 100 * doublings, schedule
+    assert (1 - 0.9) * 8 < 0.8  # as one who thinks in sparsities writes them: not quite a tenth
+    assert Doubling(1 - 0.9, 0.8).final_step == 300
+    assert Doubling(1 - 0.999, 1 - 0.936).final_step == 600
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
