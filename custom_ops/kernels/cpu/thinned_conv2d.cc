@@ -1,145 +1,142 @@
 // Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
 //
 // Thinned convolution, forward: out[pixel, :] = sum over kept rows k of x[pixel + offset(k)] *
-// W'[k]. The lowered matrix is never formed. A block of pixels x vectors of output channels stays
-// in registers; each kept row is one broadcast per pixel. The input is read from planes, where
-// neighbouring pixels are neighbouring floats.
+// W'[k], directly from padded pixels; see terms.h.
+//
+// Kept rows are taken in the order (channel / 16, tap, channel): neighbouring terms then read the
+// same cache line of a pixel. They are cut into chunks whose part of a panel of W' stays in the
+// first-level cache while all pixels of a tile pass by.
 
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
+#include "custom_ops/kernels/cpu/terms.h"
 
 namespace ks {
 namespace KS_ISA {
 namespace {
 
-constexpr int kMaxPixels = kRegisters == 32 ? 12 : (KS_VECTOR_BYTES == 32 ? 6 : 4);
-constexpr int kMaxVectors = 2;
-constexpr int kPanel = kMaxVectors * kLanes;  // Output channels of a panel of W'.
+constexpr int64_t kTileBudget = 384 * 1024;
+constexpr int64_t kChunkBytes = 24 * 1024;  // Of a panel of W'.
+constexpr int64_t kRowsOfItem = 64;         // Kept rows packed at a time.
+constexpr int64_t kPackFrom = 64;           // Pixels that pay for packing W'.
+constexpr int64_t kLineChannels = 16;
 
 struct Parameters {
-  Grid grid;
-  Planes planes;
-  int64_t shared_tiles;  // 1: a stage of its own packs all planes, the next one computes.
-  int64_t splits;        // Parts of the panels, for shared_tiles.
-  int64_t tile_bytes;
+  Tiles tiles;
+  int64_t shared_tiles;  // 1: tiles are copied once, to memory of the whole call.
+  int64_t splits;        // Parts of the panels, one item each.
+  int64_t packed;        // 1: W' is packed into panels of consecutive rows.
 };
 
-// x: plane position of the first pixel. panel: [kept][kPanel].
-template <int kPixels, int kVectors>
-void SumPixels(const float* x, const int64_t* offsets, const float* panel, int64_t kept,
-               float* const* targets, int64_t channels) {
-  Vec sums[kPixels][kVectors] = {};
-  for (int64_t k = 0; k < kept; ++k) {
-    const float* here = x + offsets[k];
-    Vec weights[kVectors];
-    KS_UNROLL
-    for (int v = 0; v < kVectors; ++v) weights[v] = Load(panel + k * kPanel + v * kLanes);
-    KS_UNROLL
-    for (int p = 0; p < kPixels; ++p) {
-      const Vec value = Splat(here[p]);
-      KS_UNROLL
-      for (int v = 0; v < kVectors; ++v) sums[p][v] += value * weights[v];
+struct Shared {
+  Term* terms;       // [kept], in the order of the sums.
+  int64_t* offsets;  // Of a tile's pixels.
+  int32_t* order;    // [kept]: the kept row of each term.
+  int32_t* starts;   // Of the groups of channels.
+  float* panels;     // Panel after panel, each [kept][its vectors * kLanes].
+  float* tiles;
+};
+
+Shared PlaceShared(const KsArguments& arguments, const Parameters& parameters, void* shared) {
+  Arena arena = {static_cast<char*>(shared)};
+  Shared place;
+  place.terms = arena.Take<Term>(arguments.kept);
+  place.offsets = arena.Take<int64_t>(TilePixels(parameters.tiles));
+  place.order = arena.Take<int32_t>(arguments.kept);
+  place.starts = arena.Take<int32_t>(CeilDiv(arguments.geometry.in_channels, kLineChannels) + 1);
+  const Panels panels = MakePanels(arguments.geometry.out_channels);
+  place.panels =
+      arena.Take<float>(parameters.packed ? arguments.kept * panels.vectors * kLanes : 0);
+  place.tiles = reinterpret_cast<float*>(arena.at);
+  return place;
+}
+
+int64_t SharedBytes(const KsArguments& arguments, const Parameters& parameters) {
+  const Panels panels = MakePanels(arguments.geometry.out_channels);
+  return PieceBytes(arguments.kept, sizeof(Term)) + PieceBytes(TilePixels(parameters.tiles), 8) +
+         PieceBytes(arguments.kept, 4) +
+         PieceBytes(CeilDiv(arguments.geometry.in_channels, kLineChannels) + 1, 4) +
+         PieceBytes(parameters.packed ? arguments.kept * panels.vectors * kLanes : 0, 4) +
+         (parameters.shared_tiles ? NumTiles(parameters.tiles) * TileBytes(parameters.tiles) : 0);
+}
+
+// Sorts the kept rows by group of channels. `indices` increase: taps do too, within a group.
+void SortTerms(const KsArguments& arguments, const Parameters& parameters, const Shared& shared) {
+  const KsGeometry& geometry = arguments.geometry;
+  const int64_t channels = geometry.in_channels;
+  const int64_t groups = CeilDiv(channels, kLineChannels);
+  for (int pass = 0; pass < 2; ++pass) {
+    if (pass == 0) {
+      memset(shared.starts, 0, (groups + 1) * 4);
+    } else {
+      for (int64_t g = 0; g < groups; ++g) shared.starts[g + 1] += shared.starts[g];
+    }
+    int64_t tap = 0, tap_begin = 0;
+    int64_t tap_offset = 0;
+    for (int64_t k = 0; k < arguments.kept; ++k) {
+      const int64_t index = arguments.indices[k];
+      if (index >= tap_begin + channels) {
+        tap = index / channels;
+        tap_begin = tap * channels;
+        tap_offset = TapOffset(geometry, parameters.tiles, tap / geometry.kernel_width,
+                               tap % geometry.kernel_width);
+      }
+      const int64_t channel = index - tap_begin;
+      if (pass == 0) {
+        ++shared.starts[channel / kLineChannels + 1];
+        continue;
+      }
+      const int32_t place = shared.starts[channel / kLineChannels]++;
+      shared.order[place] = static_cast<int32_t>(k);
+      shared.terms[place] = {tap_offset + channel, parameters.packed ? place : k};
     }
   }
-  if (channels == kVectors * kLanes) {
-    KS_UNROLL
-    for (int p = 0; p < kPixels; ++p) {
-      if (targets[p] == nullptr) continue;
-      KS_UNROLL
-      for (int v = 0; v < kVectors; ++v) Store(targets[p] + v * kLanes, sums[p][v]);
+}
+
+// Terms [begin, end) of W' into all panels.
+void PackRows(const KsArguments& arguments, const Shared& shared, int64_t begin, int64_t end) {
+  const Panels panels = MakePanels(arguments.geometry.out_channels);
+  for (int64_t i = 0; i < panels.count; ++i) {
+    const Panel panel = PanelAt(panels, i);
+    const int64_t width = panel.vectors * kLanes;
+    float* target = shared.panels + arguments.kept * panel.first_vector * kLanes + begin * width;
+    for (int64_t t = begin; t < end; ++t, target += width) {
+      const float* row =
+          arguments.filter + shared.order[t] * panels.channels + panel.first_vector * kLanes;
+      if (panel.channels == width) {
+        for (int64_t v = 0; v < width; v += kLanes) Store(target + v, Load(row + v));
+        continue;
+      }
+      for (int64_t c = 0; c < width; ++c) target[c] = c < panel.channels ? row[c] : 0;
     }
-    return;
-  }
-  float lanes[kPixels][kVectors * kLanes];
-  KS_UNROLL
-  for (int p = 0; p < kPixels; ++p) {
-    KS_UNROLL
-    for (int v = 0; v < kVectors; ++v) Store(lanes[p] + v * kLanes, sums[p][v]);
-  }
-  for (int p = 0; p < kPixels; ++p) {
-    if (targets[p] == nullptr) continue;
-    for (int64_t c = 0; c < channels; ++c) targets[p][c] = lanes[p][c];
   }
 }
 
-typedef void (*PixelFunction)(const float*, const int64_t*, const float*, int64_t, float* const*,
-                              int64_t);
-struct PixelFunctions {
-  PixelFunction of[kMaxVectors + 1][kMaxPixels + 1];
-};
-template <int kPixels>
-struct FillPixelFunctions {
-  static void Run(PixelFunctions* functions) {
-    functions->of[1][kPixels] = SumPixels<kPixels, 1>;
-    functions->of[2][kPixels] = SumPixels<kPixels, 2>;
-    FillPixelFunctions<kPixels - 1>::Run(functions);
-  }
-};
-template <>
-struct FillPixelFunctions<0> {
-  static void Run(PixelFunctions*) {}
-};
-
-struct Packed {
-  int64_t* offsets;  // [kept]
-  float* panels;     // [panels][kept][kPanel], zero past the last output channel.
-};
-
-Packed PlacePacked(const KsArguments& arguments, Arena* arena) {
-  Packed packed;
-  packed.offsets = arena->Take<int64_t>(arguments.kept);
-  packed.panels = arena->Take<float>(CeilDiv(arguments.geometry.out_channels, kPanel) *
-                                     arguments.kept * kPanel);
-  return packed;
-}
-
-void PackPanel(const KsArguments& arguments, int64_t panel, float* target) {
-  const int64_t out_channels = arguments.geometry.out_channels;
-  const int64_t channels = Min(kPanel, out_channels - panel * kPanel);
-  for (int64_t k = 0; k < arguments.kept; ++k) {
-    const float* row = arguments.filter + k * out_channels + panel * kPanel;
-    for (int64_t c = 0; c < channels; ++c) target[k * kPanel + c] = row[c];
-    for (int64_t c = channels; c < kPanel; ++c) target[k * kPanel + c] = 0;
-  }
-}
-
-void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Packed& packed,
-                 int64_t tile, int64_t panel_begin, int64_t panel_end, const float* planes_data,
-                 float** column_targets) {
-  const Grid& grid = parameters.grid;
-  const Planes& planes = parameters.planes;
-  const int64_t out_channels = arguments.geometry.out_channels;
-  const int64_t first_image = tile / planes.row_tiles * planes.images;
-  const int64_t first_row = tile % planes.row_tiles * planes.tile_rows;
-  const int64_t rows = Min(planes.tile_rows, grid.rows - first_row);
-  const int64_t images = Min(planes.images, grid.batch - first_image);
-  const int64_t columns = (images - 1) * planes.pitch + grid.columns;
-  const int64_t blocks = CeilDiv(columns, kMaxPixels);
-  PixelFunctions functions;
-  FillPixelFunctions<kMaxPixels>::Run(&functions);
-
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const int64_t channels = Min(kPanel, out_channels - panel * kPanel);
-    const int64_t vectors = CeilDiv(channels, kLanes);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) {
-        const int64_t image = first_image + c / planes.pitch;
-        const int64_t x = c % planes.pitch;
-        column_targets[c] =
-            x < grid.columns
-                ? arguments.output +
-                      ((image * grid.rows + first_row + r) * grid.columns + x) * out_channels +
-                      panel * kPanel
-                : nullptr;
+void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Shared& shared,
+                 const SumFunctions& functions, const Tile& tile, const float* x,
+                 int64_t panel_begin, int64_t panel_end) {
+  const Panels panels = MakePanels(arguments.geometry.out_channels);
+  const int64_t chunks = Max(1, CeilDiv(arguments.kept * kPanelVectors * kLanes * 4, kChunkBytes));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = PartBegin(arguments.kept, chunks, chunk);
+    const int64_t last = PartBegin(arguments.kept, chunks, chunk + 1);
+    for (int64_t i = panel_begin; i < panel_end; ++i) {
+      const Panel panel = PanelAt(panels, i);
+      Sums sums;
+      if (parameters.packed) {
+        sums.w = shared.panels + arguments.kept * panel.first_vector * kLanes;
+        sums.w_stride = panel.vectors * kLanes;
+      } else {
+        sums.w = arguments.filter + panel.first_vector * kLanes;
+        sums.w_stride = panels.channels;
       }
-      const float* row = planes_data + r * grid.step_height * planes.row_length;
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t column = PartBegin(columns, blocks, b);
-        const int64_t pixels = PartBegin(columns, blocks, b + 1) - column;
-        functions.of[vectors][pixels](row + column, packed.offsets,
-                                      packed.panels + panel * arguments.kept * kPanel,
-                                      arguments.kept, column_targets + column, channels);
-      }
+      sums.terms = shared.terms + first;
+      sums.num_terms = last - first;
+      sums.out =
+          arguments.output + tile.first_pixel * panels.channels + panel.first_vector * kLanes;
+      sums.out_stride = panels.channels;
+      sums.add = chunk > 0;
+      SumPoints(functions, panel, x, shared.offsets, tile.pixels, sums);
     }
   }
 }
@@ -149,106 +146,83 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
 int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   const KsGeometry& geometry = arguments->geometry;
   memset(plan, 0, sizeof(*plan));
-  if (geometry.stride_width > 64) return 0;
   Parameters parameters = {};
-  parameters.grid = ForwardGrid(geometry);
-  if (IsPointwise(geometry)) MakePointwise(&parameters.grid);
-  if (!PlanPlanes(parameters.grid, geometry.in_channels, 1, &parameters.planes)) return 0;
-  const Planes& planes = parameters.planes;
-  const int64_t tiles = planes.groups * planes.row_tiles;
-  const int64_t panels = CeilDiv(geometry.out_channels, kPanel);
-  parameters.tile_bytes = RoundUp(PlanesBytes(planes, geometry.in_channels), KS_ALIGNMENT);
+  Tiles& tiles = parameters.tiles;
+  if (geometry.out_channels == 0 || !PlanTiles(geometry, kTileBudget, &tiles)) return 0;
+  const int64_t num_tiles = NumTiles(tiles);
+  const Panels panels = MakePanels(geometry.out_channels);
+  const double pixels = static_cast<double>(num_tiles) * TilePixels(tiles);
+  // Rows that do not fill their vectors cannot be read in place.
+  parameters.packed = pixels >= kPackFrom || geometry.out_channels % kLanes != 0;
   parameters.splits = 1;
-  if (tiles < kWantedItems && tiles * parameters.tile_bytes <= kScratchLimit / 4) {
-    parameters.shared_tiles = 1;
-    parameters.splits = Max(1, Min(CeilDiv(kWantedItems, tiles), panels));
+  if (num_tiles < kWantedItems / 2) {
+    parameters.shared_tiles = tiles.copied;
+    parameters.splits = Min(CeilDiv(kWantedItems, num_tiles), panels.count);
   }
 
-  const double positions = static_cast<double>(planes.columns) * planes.tile_rows;
   KsStage* stage = plan->stages;
-  stage->items = 1 + panels;
-  stage->cost = 100 + arguments->kept * 8;
+  stage->items = 1 + (parameters.shared_tiles ? num_tiles * tiles.images * tiles.padded_rows : 0);
+  stage->cost = 100 + Max(tiles.row_stride / 8, arguments->kept * 10 / stage->items);
   ++stage;
-  if (parameters.shared_tiles) {
-    stage->items = tiles * CeilDiv(geometry.in_channels, kLanes);
-    stage->cost = 100 + static_cast<int64_t>(positions * kLanes / 4);
-    ++stage;
-  }
-  stage->items = tiles * parameters.splits;
-  stage->cost = 100 + static_cast<int64_t>(
-                          positions *
-                          (static_cast<double>(arguments->kept) * panels * kMaxVectors / 1.5 +
-                           geometry.in_channels / 4) /
-                          parameters.splits);
+  stage->items = parameters.packed ? CeilDiv(arguments->kept, kRowsOfItem) : 0;
+  stage->cost = 100 + kRowsOfItem * geometry.out_channels / 8;
   ++stage;
-  plan->num_stages = static_cast<int32_t>(stage - plan->stages);
-  plan->scratch_bytes =
-      PieceBytes(planes.columns, 8) + (parameters.shared_tiles ? 0 : parameters.tile_bytes);
-  plan->shared_bytes = PieceBytes(arguments->kept, 8) +
-                       PieceBytes(panels * arguments->kept * kPanel, 4) +
-                       (parameters.shared_tiles ? tiles * parameters.tile_bytes : 0);
+  stage->items = num_tiles * parameters.splits;
+  stage->cost =
+      100 + static_cast<int64_t>(static_cast<double>(TilePixels(tiles)) *
+                                 (static_cast<double>(arguments->kept) * panels.vectors / 1.8 +
+                                  static_cast<double>(geometry.in_channels) / 8) /
+                                 static_cast<double>(parameters.splits));
+  plan->num_stages = 3;
+  plan->scratch_bytes = parameters.shared_tiles ? 0 : TileBytes(tiles);
+  plan->shared_bytes = SharedBytes(*arguments, parameters);
   SaveParameters(parameters, plan);
   return 1;
 }
 
 void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
-                      int64_t begin, int64_t end, void* shared, void* scratch) {
+                      int64_t begin, int64_t end, void* shared_block, void* scratch) {
   const Parameters parameters = LoadParameters<Parameters>(plan);
-  const KsGeometry& geometry = arguments->geometry;
-  const Grid& grid = parameters.grid;
-  const Planes& planes = parameters.planes;
-  Arena shared_arena = {static_cast<char*>(shared)};
-  const Packed packed = PlacePacked(*arguments, &shared_arena);
+  const Tiles& tiles = parameters.tiles;
+  const Shared shared = PlaceShared(*arguments, parameters, shared_block);
+  const int64_t tile_size = TileBytes(tiles) / 4;
+  const int64_t tile_rows = tiles.images * tiles.padded_rows;
   if (stage == 0) {
     for (int64_t item = begin; item < end; ++item) {
-      if (item > 0) {
-        PackPanel(*arguments, item - 1, packed.panels + (item - 1) * arguments->kept * kPanel);
+      if (item == 0) {
+        SortTerms(*arguments, parameters, shared);
+        PixelOffsets(tiles, shared.offsets);
         continue;
       }
-      for (int64_t k = 0; k < arguments->kept; ++k) {
-        const int64_t tap = arguments->indices[k] / geometry.in_channels;
-        packed.offsets[k] =
-            arguments->indices[k] % geometry.in_channels * planes.channel_size +
-            TapOffset(geometry, planes, tap / geometry.kernel_width, tap % geometry.kernel_width);
-      }
+      const int64_t tile_index = (item - 1) / tile_rows;
+      const int64_t row = (item - 1) % tile_rows;
+      const Tile tile = TileAt(tiles, tile_index);
+      if (row >= tile.images * tiles.padded_rows) continue;
+      CopyRows(tiles, tile, arguments->input, row, row + 1, shared.tiles + tile_index * tile_size);
     }
     return;
   }
-
-  float* shared_planes = reinterpret_cast<float*>(shared_arena.at);
-  const int64_t tile_size = parameters.tile_bytes / 4;
-  const int64_t plane_rows = (planes.tile_rows - 1) * grid.step_height + grid.reach_height + 1;
-  if (parameters.shared_tiles && stage == 1) {
-    const int64_t blocks = CeilDiv(geometry.in_channels, kLanes);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t tile = item / blocks;
-      const int64_t channel = item % blocks * kLanes;
-      PackPlanes(grid, planes, arguments->input, channel,
-                 Min(channel + kLanes, geometry.in_channels),
-                 tile / planes.row_tiles * planes.images,
-                 tile % planes.row_tiles * planes.tile_rows * grid.step_height, plane_rows,
-                 shared_planes + tile * tile_size + channel * planes.channel_size);
-    }
+  if (stage == 1) {
+    PackRows(*arguments, shared, begin * kRowsOfItem, Min(arguments->kept, end * kRowsOfItem));
     return;
   }
 
-  Arena scratch_arena = {static_cast<char*>(scratch)};
-  float** column_targets = scratch_arena.Take<float*>(planes.columns);
-  float* own_planes = reinterpret_cast<float*>(scratch_arena.at);
-  const int64_t panels = CeilDiv(geometry.out_channels, kPanel);
+  const SumFunctions functions = AllSumFunctions();
+  const int64_t panels = MakePanels(arguments->geometry.out_channels).count;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t tile = item / parameters.splits;
+    const int64_t tile_index = item / parameters.splits;
     const int64_t split = item % parameters.splits;
-    const float* tile_planes = shared_planes + tile * tile_size;
-    if (!parameters.shared_tiles) {
-      PackPlanes(grid, planes, arguments->input, 0, geometry.in_channels,
-                 tile / planes.row_tiles * planes.images,
-                 tile % planes.row_tiles * planes.tile_rows * grid.step_height, plane_rows,
-                 own_planes);
-      tile_planes = own_planes;
+    const Tile tile = TileAt(tiles, tile_index);
+    float* copy = static_cast<float*>(scratch);
+    if (parameters.shared_tiles) {
+      copy = shared.tiles + tile_index * tile_size;
+    } else if (tiles.copied) {
+      CopyRows(tiles, tile, arguments->input, 0, tile.images * tiles.padded_rows, copy);
     }
-    ComputeTile(*arguments, parameters, packed, tile, PartBegin(panels, parameters.splits, split),
-                PartBegin(panels, parameters.splits, split + 1), tile_planes, column_targets);
+    ComputeTile(*arguments, parameters, shared, functions, tile,
+                TileData(tiles, tile, arguments->input, copy),
+                PartBegin(panels, parameters.splits, split),
+                PartBegin(panels, parameters.splits, split + 1));
   }
 }
 

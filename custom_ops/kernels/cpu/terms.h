@@ -1,0 +1,314 @@
+// Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
+//
+// Sums of scalars times rows of vectors, read in place from NHWC pixels:
+//
+//   out[p][:] = sum over terms t of x[p][t.x] * w[t.row][:]
+//
+// The thinned convolution is such a sum with pixels as points p and kept rows as terms; the
+// gradient of its filter is one with kept rows as points and pixels as terms. The lowered matrix is
+// never formed: where taps leave the image, a tile of the input is copied with its zero padding,
+// and a tap is then one offset for all pixels.
+
+#ifndef KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_TERMS_H_
+#define KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_TERMS_H_
+
+#include "custom_ops/kernels/conv2d.h"
+#include "custom_ops/kernels/cpu/planes.h"
+#include "custom_ops/kernels/cpu/vector.h"
+
+namespace ks {
+namespace KS_ISA {
+
+// --- Register blocks -----------------------------------------------------------------------------
+
+// A block of points x vectors stays in registers; a term is one load per vector and one broadcast
+// per point. Points are pointers of their own, so that a block may cross rows and images; the
+// general registers limit them where the vector registers would not.
+constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;
+constexpr int kMostPoints = kRegisters == 32 ? 9 : 8;
+constexpr int kPoints[] = {0, kRegisters == 32 ? 9 : 8, kRegisters == 32 ? 9 : 6, 8, 6};
+
+struct Term {
+  int64_t x;    // Floats from a point.
+  int64_t row;  // Of w.
+};
+
+struct Sums {
+  const float* w;
+  int64_t w_stride;  // Floats between rows.
+  const Term* terms;
+  int64_t num_terms;
+  float* out;
+  int64_t out_stride;  // Floats between points.
+  bool add;            // To what `out` holds.
+};
+
+template <int kCount, int kVectors>
+void SumTerms(const Sums& sums, const float* const* points) {
+  const float* x[kCount];
+  KS_UNROLL
+  for (int p = 0; p < kCount; ++p) x[p] = points[p];
+  Vec block[kCount][kVectors] = {};
+  if (sums.add) {
+    KS_UNROLL
+    for (int p = 0; p < kCount; ++p) {
+      KS_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        block[p][v] = Load(sums.out + p * sums.out_stride + v * kLanes);
+      }
+    }
+  }
+  const float* w = sums.w;
+  const int64_t w_stride = sums.w_stride;
+  const Term* const last = sums.terms + sums.num_terms;
+  for (const Term* term = sums.terms; term != last; ++term) {
+    const float* row = w + term->row * w_stride;
+    const int64_t at = term->x;
+    Vec weights[kVectors];
+    KS_UNROLL
+    for (int v = 0; v < kVectors; ++v) weights[v] = Load(row + v * kLanes);
+    KS_UNROLL
+    for (int p = 0; p < kCount; ++p) {
+      const Vec value = Splat(x[p][at]);
+      KS_UNROLL
+      for (int v = 0; v < kVectors; ++v) block[p][v] += value * weights[v];
+    }
+  }
+  KS_UNROLL
+  for (int p = 0; p < kCount; ++p) {
+    KS_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      Store(sums.out + p * sums.out_stride + v * kLanes, block[p][v]);
+    }
+  }
+}
+
+typedef void (*SumFunction)(const Sums&, const float* const*);
+struct SumFunctions {
+  SumFunction of[kPanelVectors + 1][kMostPoints + 1];
+};
+template <int kVectors, int kCount>
+struct FillSumFunctions {
+  static void Run(SumFunctions* functions) {
+    functions->of[kVectors][kCount] = SumTerms<kCount, kVectors>;
+    FillSumFunctions<kVectors, kCount - 1>::Run(functions);
+  }
+};
+template <int kVectors>
+struct FillSumFunctions<kVectors, 0> {
+  static void Run(SumFunctions*) {}
+};
+KS_INLINE SumFunctions AllSumFunctions() {
+  SumFunctions functions;
+  FillSumFunctions<1, kPoints[1]>::Run(&functions);
+  FillSumFunctions<2, kPoints[2]>::Run(&functions);
+#if KS_VECTOR_BYTES == 64 || defined(__aarch64__)
+  FillSumFunctions<3, kPoints[3]>::Run(&functions);
+  FillSumFunctions<4, kPoints[4]>::Run(&functions);
+#endif
+  return functions;
+}
+
+// Output channels are cut into panels of nearly equal numbers of vectors.
+struct Panels {
+  int64_t channels, vectors, count;
+};
+struct Panel {
+  int64_t first_vector, vectors;
+  int64_t channels;  // Below vectors * kLanes in the last panel when the channels are ragged.
+};
+KS_INLINE Panels MakePanels(int64_t channels) {
+  const int64_t vectors = CeilDiv(channels, kLanes);
+  return {channels, vectors, CeilDiv(vectors, kPanelVectors)};
+}
+KS_INLINE Panel PanelAt(const Panels& panels, int64_t i) {
+  const int64_t first = PartBegin(panels.vectors, panels.count, i);
+  const int64_t vectors = PartBegin(panels.vectors, panels.count, i + 1) - first;
+  return {first, vectors, Min(vectors * kLanes, panels.channels - first * kLanes)};
+}
+
+// The sums of `count` points, given as offsets from `x`, for one panel.
+KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, const float* x,
+                         const int64_t* offsets, int64_t count, Sums sums) {
+  const int64_t blocks = CeilDiv(count, kPoints[panel.vectors]);
+  float* const out = sums.out;
+  const int64_t out_stride = sums.out_stride;
+  const bool ragged = panel.channels < panel.vectors * kLanes;
+  float lanes[kMostPoints * kPanelVectors * kLanes];
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = PartBegin(count, blocks, b);
+    const int64_t here = PartBegin(count, blocks, b + 1) - first;
+    const float* points[kMostPoints];
+    for (int64_t p = 0; p < here; ++p) points[p] = x + offsets[first + p];
+    sums.out = out + first * out_stride;
+    if (!ragged) {
+      functions.of[panel.vectors][here](sums, points);
+      continue;
+    }
+    float* const target = sums.out;
+    sums.out = lanes;
+    sums.out_stride = panel.vectors * kLanes;
+    if (sums.add) {
+      memset(lanes, 0, sizeof(lanes));
+      for (int64_t p = 0; p < here; ++p) {
+        for (int64_t c = 0; c < panel.channels; ++c) {
+          lanes[p * sums.out_stride + c] = target[p * out_stride + c];
+        }
+      }
+    }
+    functions.of[panel.vectors][here](sums, points);
+    for (int64_t p = 0; p < here; ++p) {
+      for (int64_t c = 0; c < panel.channels; ++c) {
+        target[p * out_stride + c] = lanes[p * sums.out_stride + c];
+      }
+    }
+  }
+}
+
+// --- Tiles of the input --------------------------------------------------------------------------
+
+// A tile is `rows` output rows of `images` images (all rows, if there are several images).
+struct Tiles {
+  Grid grid;
+  int64_t copied;  // 1: tiles are copied with their padding; 0: read where they are.
+  int64_t images, rows;
+  int64_t groups, row_tiles;  // Tiles = groups of images x row tiles.
+  int64_t padded_rows, padded_width;
+  int64_t pixel_stride, row_stride, image_stride;  // Floats.
+};
+
+KS_INLINE int64_t NumTiles(const Tiles& tiles) { return tiles.groups * tiles.row_tiles; }
+KS_INLINE int64_t TilePixels(const Tiles& tiles) {
+  return tiles.images * tiles.rows * tiles.grid.columns;
+}
+KS_INLINE int64_t TileBytes(const Tiles& tiles) {
+  return tiles.copied ? PieceBytes(tiles.images * tiles.image_stride, 4) : 0;
+}
+KS_INLINE int64_t TapOffset(const KsGeometry& geometry, const Tiles& tiles, int64_t i, int64_t j) {
+  return i * geometry.dilation_height * tiles.row_stride +
+         j * geometry.dilation_width * tiles.pixel_stride;
+}
+
+// Chooses tiles of about `budget` bytes of input. Returns false when there is nothing to compute or
+// even one row takes too much memory. Depends on sizes only.
+KS_INLINE bool PlanTiles(const KsGeometry& geometry, int64_t budget, Tiles* tiles) {
+  const Grid grid = ForwardGrid(geometry);
+  if (grid.batch <= 0 || grid.rows <= 0 || grid.columns <= 0) return false;
+  const double least = 4.0 * (static_cast<double>(grid.reach_height) + 1) *
+                       (static_cast<double>(grid.columns) * grid.step_width + grid.reach_width) *
+                       (static_cast<double>(grid.channels) + 32);
+  if (least > static_cast<double>(kScratchLimit) / 4) return false;
+  tiles->grid = grid;
+  const int64_t read_width = (grid.columns - 1) * grid.step_width + grid.reach_width + 1;
+  const int64_t read_height = (grid.rows - 1) * grid.step_height + grid.reach_height + 1;
+  tiles->copied =
+      grid.pad_top > 0 || grid.pad_left > 0 || read_width > grid.width || read_height > grid.height;
+  if (tiles->copied) {
+    // An odd number of cache lines to a pixel: neighbours do not fall into the same cache sets.
+    tiles->pixel_stride =
+        grid.channels < 16 ? grid.channels : (CeilDiv(grid.channels, 16) | 1) * 16;
+    tiles->padded_width = read_width;
+  } else {
+    tiles->pixel_stride = grid.channels;
+    tiles->padded_width = grid.width;
+  }
+  tiles->row_stride = tiles->padded_width * tiles->pixel_stride;
+  const int64_t row_bytes = Max(1, 4 * tiles->row_stride);
+  int64_t row_tiles = 1;
+  int64_t rows = grid.rows;
+  while (rows > 1 && ((rows - 1) * grid.step_height + grid.reach_height + 1) * row_bytes > budget) {
+    ++row_tiles;
+    rows = CeilDiv(grid.rows, row_tiles);
+  }
+  tiles->rows = rows;
+  tiles->row_tiles = CeilDiv(grid.rows, rows);
+  tiles->padded_rows = (rows - 1) * grid.step_height + grid.reach_height + 1;
+  tiles->image_stride = (tiles->copied ? tiles->padded_rows : grid.height) * tiles->row_stride;
+  tiles->images = 1;
+  if (tiles->row_tiles == 1) {
+    // Enough pixels to use a row of the filter often, and then enough tiles for many threads.
+    const int64_t most = Max(1, budget / (tiles->padded_rows * row_bytes));
+    const int64_t enough = CeilDiv(192, grid.rows * grid.columns);
+    tiles->images = Min(Min(grid.batch, most), Max(enough, grid.batch / kWantedItems));
+  }
+  tiles->groups = CeilDiv(grid.batch, tiles->images);
+  return true;
+}
+
+struct Tile {
+  int64_t first_image, images;
+  int64_t first_row, rows;
+  int64_t first_pixel, pixels;  // Of the output.
+};
+KS_INLINE Tile TileAt(const Tiles& tiles, int64_t i) {
+  Tile tile;
+  tile.first_image = i / tiles.row_tiles * tiles.images;
+  tile.images = Min(tiles.images, tiles.grid.batch - tile.first_image);
+  tile.first_row = i % tiles.row_tiles * tiles.rows;
+  tile.rows = Min(tiles.rows, tiles.grid.rows - tile.first_row);
+  tile.first_pixel = (tile.first_image * tiles.grid.rows + tile.first_row) * tiles.grid.columns;
+  tile.pixels = tile.images * tile.rows * tiles.grid.columns;
+  return tile;
+}
+
+// Where the taps of each output pixel of a tile start. A tile with fewer pixels uses the first.
+KS_INLINE void PixelOffsets(const Tiles& tiles, int64_t* offsets) {
+  for (int64_t g = 0; g < tiles.images; ++g) {
+    for (int64_t r = 0; r < tiles.rows; ++r) {
+      for (int64_t c = 0; c < tiles.grid.columns; ++c) {
+        *offsets++ = g * tiles.image_stride + r * tiles.grid.step_height * tiles.row_stride +
+                     c * tiles.grid.step_width * tiles.pixel_stride;
+      }
+    }
+  }
+}
+
+KS_INLINE void CopyPixels(const float* source, int64_t count, int64_t channels, float* target,
+                          int64_t pixel_stride) {
+  if (channels == pixel_stride) {
+    memcpy(target, source, count * channels * 4);
+    return;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) Store(target + c, Load(source + c));
+    for (; c < channels; ++c) target[c] = source[c];
+    source += channels;
+    target += pixel_stride;
+  }
+}
+
+// Copies padded rows [row_begin, row_end) of a tile; rows count on over its images.
+KS_INLINE void CopyRows(const Tiles& tiles, const Tile& tile, const float* input, int64_t row_begin,
+                        int64_t row_end, float* target) {
+  const Grid& grid = tiles.grid;
+  const int64_t left = Min(grid.pad_left, tiles.padded_width);
+  const int64_t inside = Max(0, Min(grid.width, tiles.padded_width - left));
+  const int64_t right = tiles.padded_width - left - inside;
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const int64_t image = tile.first_image + r / tiles.padded_rows;
+    const int64_t y = tile.first_row * grid.step_height + r % tiles.padded_rows - grid.pad_top;
+    float* row = target + r * tiles.row_stride;
+    if (y < 0 || y >= grid.height) {
+      memset(row, 0, tiles.row_stride * 4);
+      continue;
+    }
+    memset(row, 0, left * tiles.pixel_stride * 4);
+    CopyPixels(input + (image * grid.height + y) * grid.width * grid.channels, inside,
+               grid.channels, row + left * tiles.pixel_stride, tiles.pixel_stride);
+    memset(row + (left + inside) * tiles.pixel_stride, 0, right * tiles.pixel_stride * 4);
+  }
+}
+
+// The tile's first padded pixel, in `copy` when tiles are copied.
+KS_INLINE const float* TileData(const Tiles& tiles, const Tile& tile, const float* input,
+                                const float* copy) {
+  if (tiles.copied) return copy;
+  return input + tile.first_image * tiles.image_stride +
+         tile.first_row * tiles.grid.step_height * tiles.row_stride;
+}
+
+}  // namespace KS_ISA
+}  // namespace ks
+
+#endif  // KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_TERMS_H_
