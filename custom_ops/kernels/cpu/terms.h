@@ -49,15 +49,6 @@ void SumTerms(const Sums& sums, const float* const* points) {
   KS_UNROLL
   for (int p = 0; p < kCount; ++p) x[p] = points[p];
   Vec block[kCount][kVectors] = {};
-  if (sums.add) {
-    KS_UNROLL
-    for (int p = 0; p < kCount; ++p) {
-      KS_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        block[p][v] = Load(sums.out + p * sums.out_stride + v * kLanes);
-      }
-    }
-  }
   const float* w = sums.w;
   const int64_t w_stride = sums.w_stride;
   const Term* const last = sums.terms + sums.num_terms;
@@ -72,6 +63,16 @@ void SumTerms(const Sums& sums, const float* const* points) {
       const Vec value = Splat(x[p][at]);
       KS_UNROLL
       for (int v = 0; v < kVectors; ++v) block[p][v] += value * weights[v];
+    }
+  }
+  // Adding at the end, rather than starting from what was there, keeps long sums more accurate.
+  if (sums.add) {
+    KS_UNROLL
+    for (int p = 0; p < kCount; ++p) {
+      KS_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        block[p][v] += Load(sums.out + p * sums.out_stride + v * kLanes);
+      }
     }
   }
   KS_UNROLL

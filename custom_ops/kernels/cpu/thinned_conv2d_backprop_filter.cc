@@ -1,118 +1,135 @@
 // Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
 //
-// Gradient of the thinned convolution with respect to its filter: dW'[k, o] is the dot product of
-// the input plane of row k, shifted by its tap, with the output plane of channel o. Blocks of rows
-// x output channels stay in registers; lanes are pixels. See reduction.h for how the work is cut.
+// Gradient of the thinned convolution with respect to its filter: dW'[k, :] = sum over pixels of
+// x[pixel + offset(k)] * out_backprop[pixel, :], directly from padded pixels; see terms.h. See
+// reduction.h for how the pixels are cut into parts.
 
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/reduction.h"
 #include "custom_ops/kernels/cpu/routines.h"
+#include "custom_ops/kernels/cpu/terms.h"
 
 namespace ks {
 namespace KS_ISA {
 namespace {
 
-constexpr int kMaxRows = kRegisters == 32 ? 4 : 2;  // Kept rows of a block.
-constexpr int kMaxChannels = 4;                     // Output channels of a block.
+constexpr int64_t kTileBudget = 384 * 1024;
+constexpr int64_t kChunkBytes = 24 * 1024;  // Of a panel of out_backprop.
 
-// sums[k * sums_stride + o] += dot product, kRows x kChannels of them.
-template <int kRows, int kChannels>
-void Dot(const float* x, const int64_t* offsets, int64_t x_step, const float* d, int64_t d_channel,
-         int64_t d_step, int64_t rows, int64_t vectors, float* sums, int64_t sums_stride) {
-  Vec block[kRows][kChannels] = {};
-  const float* base[kRows];
-  for (int k = 0; k < kRows; ++k) base[k] = x + offsets[k];
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t at = r * x_step + v * kLanes;
-      const float* d_here = d + r * d_step + v * kLanes;
-      Vec values[kChannels];
-      KS_UNROLL
-      for (int o = 0; o < kChannels; ++o) values[o] = Load(d_here + o * d_channel);
-      KS_UNROLL
-      for (int k = 0; k < kRows; ++k) {
-        const Vec here = Load(base[k] + at);
-        KS_UNROLL
-        for (int o = 0; o < kChannels; ++o) block[k][o] += here * values[o];
-      }
-    }
-  }
-  for (int k = 0; k < kRows; ++k) {
-    for (int o = 0; o < kChannels; ++o) sums[k * sums_stride + o] += Sum(block[k][o]);
-  }
-}
-
-typedef void (*DotFunction)(const float*, const int64_t*, int64_t, const float*, int64_t, int64_t,
-                            int64_t, int64_t, float*, int64_t);
-struct DotFunctions {
-  DotFunction of[kMaxRows + 1][kMaxChannels + 1];
-};
-template <int kRows>
-struct FillDotFunctions {
-  static void Run(DotFunctions* functions) {
-    functions->of[kRows][1] = Dot<kRows, 1>;
-    functions->of[kRows][2] = Dot<kRows, 2>;
-    functions->of[kRows][3] = Dot<kRows, 3>;
-    functions->of[kRows][4] = Dot<kRows, 4>;
-    FillDotFunctions<kRows - 1>::Run(functions);
-  }
-};
-template <>
-struct FillDotFunctions<0> {
-  static void Run(DotFunctions*) {}
+struct Parameters {
+  Tiles tiles;
+  Parts parts;
+  int64_t splits;  // Parts of the kept rows.
+  int64_t packed;  // 1: out_backprop is copied, so that every pixel fills its vectors.
 };
 
 }  // namespace
 
 int ThinnedConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* plan) {
-  const int64_t sums = arguments->kept * arguments->geometry.out_channels;
-  return PlanReduction(*arguments, sums, static_cast<double>(sums), PieceBytes(arguments->kept, 8),
-                       plan);
+  const KsGeometry& geometry = arguments->geometry;
+  memset(plan, 0, sizeof(*plan));
+  Parameters parameters = {};
+  Tiles& tiles = parameters.tiles;
+  if (!PlanTiles(geometry, kTileBudget, &tiles)) return 0;
+  const int64_t num_tiles = NumTiles(tiles);
+  const int64_t sums = arguments->kept * geometry.out_channels;
+  const Panels panels = MakePanels(geometry.out_channels);
+  const int64_t parts = Min(Min(num_tiles, kWantedItems), MostParts(sums));
+  parameters.parts = MakeParts(parts, sums);
+  parameters.splits =
+      parts >= kWantedItems / 2
+          ? 1
+          : Max(1, Min(CeilDiv(kWantedItems, parts), arguments->kept / (2 * kMostPoints)));
+  parameters.packed = geometry.out_channels % kLanes != 0;
+
+  plan->num_stages = 2;
+  plan->stages[0].items = parts * parameters.splits;
+  plan->stages[0].cost =
+      100 +
+      static_cast<int64_t>(static_cast<double>(num_tiles) * TilePixels(tiles) *
+                           (static_cast<double>(arguments->kept) * panels.vectors / 1.8 +
+                            static_cast<double>(geometry.in_channels) / 8 * parameters.splits) /
+                           static_cast<double>(plan->stages[0].items));
+  PlanPartsStage(parameters.parts, &plan->stages[1]);
+  plan->shared_bytes = PartsBytes(parameters.parts);
+  plan->scratch_bytes =
+      PieceBytes(arguments->kept, 8) + PieceBytes(TilePixels(tiles), 8) +
+      PieceBytes(TilePixels(tiles), sizeof(Term)) +
+      PieceBytes(parameters.packed ? TilePixels(tiles) * panels.vectors * kLanes : 0, 4) +
+      TileBytes(tiles);
+  SaveParameters(parameters, plan);
+  return 1;
 }
 
 void ThinnedConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
                                     int64_t begin, int64_t end, void* shared, void* scratch) {
   const KsGeometry& geometry = arguments->geometry;
-  const Reduction reduction = LoadParameters<Reduction>(plan);
+  const Parameters parameters = LoadParameters<Parameters>(plan);
+  float* const part_sums = static_cast<float*>(shared);
   if (stage == 1) {
-    AddParts(reduction, begin, end, static_cast<const float*>(shared), arguments->output);
+    AddParts(parameters.parts, begin, end, part_sums, arguments->output);
     return;
   }
-  const Planes& planes = reduction.planes;
-  const int64_t x_step = reduction.grid.step_height * planes.row_length;
-  const int64_t d_step = reduction.out_planes.row_length;
-  const int64_t d_channel = reduction.out_planes.channel_size;
-  DotFunctions dot;
-  FillDotFunctions<kMaxRows>::Run(&dot);
-
+  const Tiles& tiles = parameters.tiles;
+  const Panels panels = MakePanels(geometry.out_channels);
+  const SumFunctions functions = AllSumFunctions();
   Arena arena = {static_cast<char*>(scratch)};
-  int64_t* offsets = arena.Take<int64_t>(arguments->kept);
+  int64_t* const row_offsets = arena.Take<int64_t>(arguments->kept);
+  int64_t* const pixel_offsets = arena.Take<int64_t>(TilePixels(tiles));
+  Term* const terms = arena.Take<Term>(TilePixels(tiles));
+  const int64_t packed_channels = panels.vectors * kLanes;
+  float* const packed =
+      arena.Take<float>(parameters.packed ? TilePixels(tiles) * packed_channels : 0);
+  float* const copy = reinterpret_cast<float*>(arena.at);
   for (int64_t k = 0; k < arguments->kept; ++k) {
     const int64_t tap = arguments->indices[k] / geometry.in_channels;
-    offsets[k] =
-        arguments->indices[k] % geometry.in_channels * planes.channel_size +
-        TapOffset(geometry, planes, tap / geometry.kernel_width, tap % geometry.kernel_width);
+    row_offsets[k] =
+        arguments->indices[k] % geometry.in_channels +
+        TapOffset(geometry, tiles, tap / geometry.kernel_width, tap % geometry.kernel_width);
   }
+  PixelOffsets(tiles, pixel_offsets);
+  for (int64_t p = 0; p < TilePixels(tiles); ++p) terms[p] = {pixel_offsets[p], p};
+
   for (int64_t item = begin; item < end; ++item) {
-    ReductionItem work = TakeItem(reduction, item, arena);
-    const int64_t channels = work.channel_end - work.channel_begin;
-    float* sums =
-        (reduction.parts == 1 ? arguments->output
-                              : static_cast<float*>(shared) + work.part * reduction.part_size) +
-        work.channel_begin;
-    for (int64_t k = 0; k < arguments->kept; ++k) {
-      for (int64_t o = 0; o < channels; ++o) sums[k * geometry.out_channels + o] = 0;
-    }
-    for (int64_t tile = work.tile_begin; tile < work.tile_end; ++tile) {
-      const int64_t rows = PackTile(*arguments, reduction, tile, &work);
-      for (int64_t o = 0; o < channels; o += kMaxChannels) {
-        const int64_t block_channels = Min(kMaxChannels, channels - o);
-        for (int64_t k = 0; k < arguments->kept; k += kMaxRows) {
-          const int64_t block_rows = Min(kMaxRows, arguments->kept - k);
-          dot.of[block_rows][block_channels](
-              work.planes, offsets + k, x_step, work.out_planes + o * d_channel, d_channel, d_step,
-              rows, work.vectors, sums + k * geometry.out_channels + o, geometry.out_channels);
+    const int64_t part = item / parameters.splits;
+    const int64_t split = item % parameters.splits;
+    const int64_t first = PartBegin(arguments->kept, parameters.splits, split);
+    const int64_t rows = PartBegin(arguments->kept, parameters.splits, split + 1) - first;
+    float* const result = PartSums(parameters.parts, part, part_sums, arguments->output) +
+                          first * geometry.out_channels;
+    bool add = false;
+    for (int64_t t = PartBegin(NumTiles(tiles), parameters.parts.count, part);
+         t < PartBegin(NumTiles(tiles), parameters.parts.count, part + 1); ++t) {
+      const Tile tile = TileAt(tiles, t);
+      if (tiles.copied) {
+        CopyRows(tiles, tile, arguments->input, 0, tile.images * tiles.padded_rows, copy);
+      }
+      const float* const x = TileData(tiles, tile, arguments->input, copy);
+      const float* d = arguments->out_backprop + tile.first_pixel * geometry.out_channels;
+      if (parameters.packed) {
+        memset(packed, 0, tile.pixels * packed_channels * 4);
+        for (int64_t p = 0; p < tile.pixels; ++p) {
+          memcpy(packed + p * packed_channels, d + p * geometry.out_channels,
+                 geometry.out_channels * 4);
         }
+        d = packed;
+      }
+      const int64_t chunks = CeilDiv(tile.pixels * kPanelVectors * kLanes * 4, kChunkBytes);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t pixel = PartBegin(tile.pixels, chunks, chunk);
+        for (int64_t i = 0; i < panels.count; ++i) {
+          const Panel panel = PanelAt(panels, i);
+          Sums sums;
+          sums.w = d + panel.first_vector * kLanes;
+          sums.w_stride = parameters.packed ? packed_channels : geometry.out_channels;
+          sums.terms = terms + pixel;
+          sums.num_terms = PartBegin(tile.pixels, chunks, chunk + 1) - pixel;
+          sums.out = result + panel.first_vector * kLanes;
+          sums.out_stride = geometry.out_channels;
+          sums.add = add;
+          SumPoints(functions, panel, x, row_offsets + first, rows, sums);
+        }
+        add = true;
       }
     }
   }
