@@ -20,7 +20,6 @@ namespace {
 
 constexpr int kMaxProducts = 9;
 constexpr int64_t kChannelsBytes = 384 * 1024;  // Of input planes worked on at a time.
-constexpr int64_t kPackedChannels = 64;         // Of an item of the packing stage.
 
 struct Parameters {
   LaneRegions regions;

@@ -40,11 +40,14 @@ KS_INLINE int64_t LanePlaneSize(int64_t rows, int64_t columns) {
   return (rows * columns | 1) * kLanes;
 }
 
+constexpr int64_t kPackedChannels = 64;  // The most that PackLanes packs at once.
+
 // Fills the planes of channels [channel_begin, channel_end) of a group; `planes` is that of
 // channel_begin.
 KS_INLINE void PackLanes(const LaneRegions& regions, const LaneSource& source, int64_t group,
                          int64_t channel_begin, int64_t channel_end, float* planes) {
-  static const float kZeros[kLanes] = {};
+  static const float kZeros[kPackedChannels] = {};
+  const int64_t channels = channel_end - channel_begin;
   const int64_t per_image = regions.row_regions * regions.col_regions;
   // A lane's first pixel, as image row, column and offset, and whether the lane is in use.
   int64_t y[kLanes], x[kLanes], image[kLanes];
@@ -57,35 +60,39 @@ KS_INLINE void PackLanes(const LaneRegions& regions, const LaneSource& source, i
     if (image[l] >= regions.batch) y[l] = -source.rows;  // Every row of it is outside.
   }
   for (int64_t r = 0; r < source.rows; ++r) {
-    int64_t offsets[kLanes];
-    bool inside[kLanes];
+    const float* base[kLanes];
+    int64_t first[kLanes];
+    uint64_t used[kLanes];  // Columns from the first one in the image on.
     for (int l = 0; l < kLanes; ++l) {
-      inside[l] = y[l] + r >= 0 && y[l] + r < source.height;
-      offsets[l] = ((image[l] * source.height + y[l] + r) * source.width + x[l]) * source.channels;
+      const bool inside = y[l] + r >= 0 && y[l] + r < source.height;
+      base[l] =
+          source.data + channel_begin +
+          (inside ? ((image[l] * source.height + y[l] + r) * source.width + x[l]) * source.channels
+                  : 0);
+      first[l] = -x[l];
+      used[l] = inside ? source.width : 0;
     }
     for (int64_t q = 0; q < source.columns; ++q) {
       const float* from[kLanes];
-      int64_t step[kLanes];  // 0 for a lane that reads zeros.
       for (int l = 0; l < kLanes; ++l) {
-        const bool used = inside[l] && x[l] + q >= 0 && x[l] + q < source.width;
-        from[l] = used ? source.data + offsets[l] + q * source.channels : kZeros;
-        step[l] = used ? 1 : 0;
+        const float* const pixel = base[l] + q * source.channels;
+        from[l] = static_cast<uint64_t>(q - first[l]) < used[l] ? pixel : kZeros;
       }
       float* target = planes + (r * source.columns + q) * kLanes;
-      for (int64_t c = channel_begin; c < channel_end; c += kLanes) {
-        float* plane = target + (c - channel_begin) * source.plane_size;
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        float* plane = target + c * source.plane_size;
         Vec lanes[kLanes];
-        if (c + kLanes <= channel_end) {
+        if (c + kLanes <= channels) {
           KS_UNROLL
-          for (int l = 0; l < kLanes; ++l) lanes[l] = Load(from[l] + c * step[l]);
+          for (int l = 0; l < kLanes; ++l) lanes[l] = Load(from[l] + c);
           Transpose(lanes);
           KS_UNROLL
           for (int l = 0; l < kLanes; ++l) Store(plane + l * source.plane_size, lanes[l]);
           continue;
         }
-        for (int64_t i = 0; i < channel_end - c; ++i) {
+        for (int64_t i = 0; i < channels - c; ++i) {
           for (int l = 0; l < kLanes; ++l) {
-            plane[i * source.plane_size + l] = from[l][(c + i) * step[l]];
+            plane[i * source.plane_size + l] = from[l][c + i];
           }
         }
       }
