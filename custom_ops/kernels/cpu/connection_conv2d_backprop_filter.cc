@@ -19,12 +19,14 @@ namespace KS_ISA {
 namespace {
 
 constexpr int kMaxProducts = 9;
+constexpr int kMaxWindowColumns = 10;           // Of a region, where windows are used.
 constexpr int64_t kChannelsBytes = 384 * 1024;  // Of input planes worked on at a time.
 
 struct Parameters {
   LaneRegions regions;
   int64_t x_rows, x_columns, x_size, d_size;
   int64_t pointwise;
+  int64_t windows;         // 1: 3 x 3 neighbouring taps.
   int64_t block_channels;  // Input channels worked on at a time.
   int64_t groups;
   int64_t shared_planes;  // 1: all planes are packed in stage 0.
@@ -64,9 +66,9 @@ void DotAny(const Region& region, const float* x, const int64_t* offsets, const 
 }
 
 // 3 x 3 neighbouring taps at kColumns neighbouring positions: a vector of x is loaded once for all
-// taps that read it.
-template <int kColumns>
-KS_INLINE void AddWindow(const float* x, int64_t tap_row, const float* d, Vec (&sums)[9]) {
+// taps that read it. Positions take turns in the sets of sums, which hides the latency of adding.
+template <int kColumns, int kSets>
+KS_INLINE void AddWindow(const float* x, int64_t tap_row, const float* d, Vec (&sums)[kSets][9]) {
   Vec values[kColumns];
   KS_UNROLL
   for (int q = 0; q < kColumns; ++q) values[q] = Load(d + q * kLanes);
@@ -78,29 +80,57 @@ KS_INLINE void AddWindow(const float* x, int64_t tap_row, const float* d, Vec (&
       const Vec here = Load(row + t * kLanes);
       KS_UNROLL
       for (int j = 0; j < 3; ++j) {
-        if (t - j >= 0 && t - j < kColumns) sums[i * 3 + j] += here * values[t - j];
+        if (t - j >= 0 && t - j < kColumns) {
+          sums[(t - j) % kSets][i * 3 + j] += here * values[t - j];
+        }
       }
     }
   }
 }
 
-void DotThreeByThree(const Region& region, const float* x, const float* d, float* results) {
-  constexpr int kColumns = 4;
-  Vec sums[9] = {};
-  for (int64_t r = 0; r < region.rows; ++r) {
-    const float* row = x + r * region.x_row;
-    int64_t q = 0;
-    for (; q + kColumns <= region.columns; q += kColumns) {
-      AddWindow<kColumns>(row + q * kLanes, region.tap_row, d, sums);
-      d += kColumns * kLanes;
-    }
-    for (; q < region.columns; ++q) {
-      AddWindow<1>(row + q * kLanes, region.tap_row, d, sums);
-      d += kLanes;
-    }
+// All windows of a row of kColumns positions.
+template <int kColumns, int kSets>
+struct AddRow {
+  KS_INLINE void Run(const float* x, int64_t tap_row, const float* d, Vec (&sums)[kSets][9]) {
+    constexpr int kHere = kColumns > 5 ? 4 : kColumns;
+    AddWindow<kHere, kSets>(x, tap_row, d, sums);
+    AddRow<kColumns - kHere, kSets>::Run(x + kHere * kLanes, tap_row, d + kHere * kLanes, sums);
   }
-  AddLaneSums(sums, results);
+};
+template <int kSets>
+struct AddRow<0, kSets> {
+  KS_INLINE void Run(const float*, int64_t, const float*, Vec (&)[kSets][9]) {}
+};
+
+// region.columns is kColumns.
+template <int kColumns>
+void DotThreeByThree(const Region& region, const float* x, const float* d, float* results) {
+  constexpr int kSets = kRegisters == 32 ? 2 : 1;
+  Vec sums[kSets][9] = {};
+  const int64_t tap_row = region.tap_row, x_row = region.x_row;
+  for (int64_t r = region.rows; r > 0; --r) {
+    AddRow<kColumns, kSets>::Run(x, tap_row, d, sums);
+    x += x_row;
+    d += kColumns * kLanes;
+  }
+  KS_UNROLL
+  for (int t = 0; t < 9; ++t)
+    sums[0][t] = kSets == 2 ? sums[0][t] + sums[kSets - 1][t] : sums[0][t];
+  AddLaneSums(sums[0], results);
 }
+
+typedef void (*WindowFunction)(const Region&, const float*, const float*, float*);
+template <int kColumns>
+struct FillWindowFunctions {
+  static void Run(WindowFunction* functions) {
+    functions[kColumns] = DotThreeByThree<kColumns>;
+    FillWindowFunctions<kColumns - 1>::Run(functions);
+  }
+};
+template <>
+struct FillWindowFunctions<0> {
+  static void Run(WindowFunction*) {}
+};
 
 typedef void (*DotFunction)(const Region&, const float*, const int64_t*, const float*, float*);
 template <int kCount>
@@ -131,6 +161,7 @@ Grid ReductionGrid(const KsGeometry& geometry, bool pointwise) {
 void ChooseRegions(const Grid& grid, double taps, double kept, double out_channels,
                    Parameters* parameters) {
   constexpr int64_t kMostPositions = 160;
+  const int64_t most_columns = parameters->windows ? kMaxWindowColumns : kMostPositions;
   double best = -1;
   int64_t last_rows = 0;
   for (int64_t high = 1; high <= grid.rows; ++high) {
@@ -140,7 +171,7 @@ void ChooseRegions(const Grid& grid, double taps, double kept, double out_channe
       continue;
     }
     last_rows = rows;
-    int64_t wide = Max(1, CeilDiv(grid.columns, kMostPositions));
+    int64_t wide = Max(1, CeilDiv(grid.columns, most_columns));
     int64_t last_columns = 0;
     for (; wide <= grid.columns; ++wide) {
       const int64_t columns = CeilDiv(grid.columns, wide);
@@ -181,6 +212,8 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
   if (geometry.batch == 0 || geometry.out_height == 0 || geometry.out_width == 0) return 0;
   Parameters parameters = {};
   parameters.pointwise = IsPointwise(geometry);
+  parameters.windows = geometry.kernel_height == 3 && geometry.kernel_width == 3 &&
+                       geometry.stride_width == 1 && geometry.dilation_width == 1;
   const Grid grid = ReductionGrid(geometry, parameters.pointwise);
   const double reach =
       (static_cast<double>(grid.reach_height) + 1) * (static_cast<double>(grid.reach_width) + 1);
@@ -257,8 +290,8 @@ struct Work {
   int64_t* offsets;  // Of the taps, in a plane.
   int32_t* next;     // Next connection of each output channel of the item.
   float* sums;
-  bool three_by_three;
   DotFunction dot[kMaxProducts + 1];
+  WindowFunction windows[kMaxWindowColumns + 1];
 };
 
 // All connections from input channels below channel_end that have not been taken yet. `x` is the
@@ -274,11 +307,11 @@ void AddProducts(Work* work, int64_t channel_begin, int64_t channel_end, const f
     int64_t last = first;
     while (last < end && arguments.input_channels[last] < channel_end) ++last;
     work->next[o - out_begin] = static_cast<int32_t>(last);
-    if (work->three_by_three) {
+    if (parameters.windows) {
+      const WindowFunction dot = work->windows[parameters.regions.columns];
       for (int64_t c = first; c < last; ++c) {
-        DotThreeByThree(work->region,
-                        x + (arguments.input_channels[c] - channel_begin) * parameters.x_size, d,
-                        work->sums + c * taps);
+        dot(work->region, x + (arguments.input_channels[c] - channel_begin) * parameters.x_size, d,
+            work->sums + c * taps);
       }
       continue;
     }
@@ -354,7 +387,7 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
   const int64_t taps = geometry.kernel_height * geometry.kernel_width;
   const int64_t x_columns = parameters.x_columns;
   Arena arena = {static_cast<char*>(scratch)};
-  Work work = {*arguments, parameters, {}, taps, nullptr, nullptr, nullptr, false, {}};
+  Work work = {*arguments, parameters, {}, taps, nullptr, nullptr, nullptr, {}, {}};
   work.region = {regions.rows, regions.columns, grid.step_height * x_columns * kLanes,
                  grid.step_width * kLanes, geometry.dilation_height * x_columns * kLanes};
   work.offsets = arena.Take<int64_t>(taps);
@@ -363,8 +396,7 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
     work.offsets[t] = t / geometry.kernel_width * work.region.tap_row +
                       t % geometry.kernel_width * geometry.dilation_width * kLanes;
   }
-  work.three_by_three = geometry.kernel_height == 3 && geometry.kernel_width == 3 &&
-                        geometry.stride_width == 1 && geometry.dilation_width == 1;
+  FillWindowFunctions<kMaxWindowColumns>::Run(work.windows);
   FillDotFunctions<kMaxProducts>::Run(work.dot);
   Arena& planes_arena = parameters.shared_planes ? shared_arena : arena;
   float* const x_planes = planes_arena.Take<float>(
