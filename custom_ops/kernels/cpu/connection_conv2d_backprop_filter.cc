@@ -19,8 +19,15 @@ namespace KS_ISA {
 namespace {
 
 constexpr int kMaxProducts = 9;
-constexpr int kMaxWindowColumns = 10;           // Of a region, where windows are used.
-constexpr int64_t kChannelsBytes = 384 * 1024;  // Of input planes worked on at a time.
+constexpr int kMaxWindowColumns = 10;  // Of a region, where windows are used.
+
+// Input planes worked on at a time stay in the second-level cache, and a region of a plane in the
+// first. With few taps a vector of x is used too seldom for that: all of it stays in the first.
+constexpr int64_t kChannelsBytes = 672 * 1024;
+constexpr int64_t kMostPositions = 160;
+constexpr int64_t kFewTapsBytes = 54 * 1024;
+constexpr int64_t kFewTapsPositions = 13;
+KS_INLINE bool FewTaps(double taps) { return taps < 3; }
 
 struct Parameters {
   LaneRegions regions;
@@ -160,8 +167,8 @@ Grid ReductionGrid(const KsGeometry& geometry, bool pointwise) {
 // Cuts the grid into the regions that look cheapest, in clock cycles.
 void ChooseRegions(const Grid& grid, double taps, double kept, double out_channels,
                    Parameters* parameters) {
-  constexpr int64_t kMostPositions = 160;
-  const int64_t most_columns = parameters->windows ? kMaxWindowColumns : kMostPositions;
+  const int64_t most_positions = FewTaps(taps) ? kFewTapsPositions : kMostPositions;
+  const int64_t most_columns = parameters->windows ? kMaxWindowColumns : most_positions;
   double best = -1;
   int64_t last_rows = 0;
   for (int64_t high = 1; high <= grid.rows; ++high) {
@@ -182,7 +189,7 @@ void ChooseRegions(const Grid& grid, double taps, double kept, double out_channe
       last_columns = columns;
       const int64_t x_rows = (rows - 1) * grid.step_height + grid.reach_height + 1;
       const int64_t x_columns = (columns - 1) * grid.step_width + grid.reach_width + 1;
-      if (rows * columns > 1 && x_rows * x_columns > kMostPositions) continue;
+      if (rows * columns > 1 && x_rows * x_columns > most_positions) continue;
       const LaneRegions regions = {grid.batch, rows, columns, CeilDiv(grid.rows, rows),
                                    CeilDiv(grid.columns, columns)};
       const double positions = static_cast<double>(rows * columns);
@@ -224,9 +231,10 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
   const LaneRegions& regions = parameters.regions;
   parameters.x_size = LanePlaneSize(parameters.x_rows, parameters.x_columns);
   parameters.d_size = LanePlaneSize(regions.rows, regions.columns);
-  parameters.block_channels =
-      Min(RoundUp(Max(1, geometry.in_channels), kLanes),
-          Max(1, kChannelsBytes / (parameters.x_size * 4 * kLanes)) * kLanes);
+  parameters.block_channels = Min(
+      RoundUp(Max(1, geometry.in_channels), kLanes),
+      Max(1, (FewTaps(taps) ? kFewTapsBytes : kChannelsBytes) / (parameters.x_size * 4 * kLanes)) *
+          kLanes);
   const int64_t groups = parameters.groups = LaneGroups(regions);
 
   const int64_t sums = arguments->kept * static_cast<int64_t>(taps);

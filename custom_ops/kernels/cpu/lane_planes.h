@@ -85,6 +85,11 @@ KS_INLINE void PackLanes(const LaneRegions& regions, const LaneSource& source, i
         if (c + kLanes <= channels) {
           KS_UNROLL
           for (int l = 0; l < kLanes; ++l) lanes[l] = Load(from[l] + c);
+          // The lanes are too many streams for the hardware to follow.
+          KS_UNROLL
+          for (int l = 0; l < kLanes; ++l) {
+            __builtin_prefetch(base[l] + (q + 1) * source.channels + c);
+          }
           Transpose(lanes);
           KS_UNROLL
           for (int l = 0; l < kLanes; ++l) Store(plane + l * source.plane_size, lanes[l]);
