@@ -303,6 +303,49 @@ TEST(Routines, LargerThanATile) {
             Same({30, 28, 28, 96, 8, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0.1})});
 }
 
+// Panels of output channels, blocks of pixels, chunks of kept rows and tiles of the thinned
+// routines, each full, partial and alone.
+TEST(Routines, ThinnedTiles) {
+  std::vector<Case> cases;
+  for (int64_t out : {16, 32, 48, 80, 83, 144}) {
+    for (int64_t size : {1, 3, 4, 7}) cases.push_back(Same({1, size, size, 33, out, 3, 3}));
+    cases.push_back(Same({14, 4, 4, 64, out, 3, 3}));  // Several images to a tile, several chunks.
+    cases.push_back({5, 13, 9, 20, out, 3, 3, 2, 2});  // Nothing padded: read in place.
+    cases.push_back({5, 13, 9, 20, out, 1, 1, 2, 3});
+  }
+  cases.push_back(Same({2, 70, 41, 64, 24, 3, 3}));  // Bands of rows.
+  for (int64_t batch : {1, 2, 9, 33}) {
+    cases.push_back({batch, 12, 12, 130, 32, 1, 1});
+  }
+  cases.push_back(Same({1, 3, 6000, 8, 7, 3, 3}));
+  CheckAll(cases);
+}
+
+// Regions, groups, channel blocks and parts of the connection filter gradient.
+TEST(Routines, FilterGradientRegions) {
+  std::vector<Case> cases;
+  for (int64_t width = 1; width <= 12; ++width) {
+    cases.push_back(Same({3, 5, width, 18, 5, 3, 3}));
+    cases.push_back(Same({1, 20, width, 3, 17, 3, 3}));
+  }
+  for (int64_t batch : {1, 4, 15, 17, 33}) {
+    cases.push_back(Same({batch, 4, 4, 20, 6, 3, 3}));
+    cases.push_back({batch, 9, 7, 70, 6, 1, 1});
+  }
+  Case c = Same({16, 8, 8, 300, 5, 3, 3});  // More input channels than a block takes.
+  c.density = 0.1;
+  cases.push_back(c);
+  c = Same({140, 8, 8, 70, 20, 3, 3});  // Parts with sums of their own.
+  c.density = 0.1;
+  cases.push_back(c);
+  c = {20, 20, 20, 150, 40, 1, 1};
+  c.density = 0.1;
+  cases.push_back(c);
+  cases.push_back(Same({2, 30, 31, 5, 6, 9, 9}));  // Taps that reach further than a region.
+  cases.push_back(Same({2, 30, 31, 5, 6, 3, 3, 1, 1, 9, 9}));
+  CheckAll(cases);
+}
+
 TEST(Routines, ExplicitPaddings) {
   CheckAll({{2, 9, 10, 4, 5, 3, 3, 1, 1, 1, 1, 0, 3, 2, 1},
             {2, 9, 10, 4, 5, 3, 3, 2, 2, 1, 1, 5, 4, 7, 0},

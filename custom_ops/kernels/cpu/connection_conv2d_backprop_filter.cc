@@ -164,36 +164,29 @@ Grid ReductionGrid(const KsGeometry& geometry, bool pointwise) {
   return grid;
 }
 
+// Whether regions of `size` positions along an axis are the smallest of their number.
+bool CutsEvenly(int64_t axis, int64_t size) { return CeilDiv(axis, CeilDiv(axis, size)) == size; }
+
 // Cuts the grid into the regions that look cheapest, in clock cycles.
 void ChooseRegions(const Grid& grid, double taps, double kept, double out_channels,
                    Parameters* parameters) {
-  const int64_t most_positions = FewTaps(taps) ? kFewTapsPositions : kMostPositions;
+  const int64_t most_positions =
+      FewTaps(taps) ? kFewTapsPositions
+                    : Max(kMostPositions, 3 * (grid.reach_height + 1) * (grid.reach_width + 1));
   const int64_t most_columns = parameters->windows ? kMaxWindowColumns : most_positions;
   double best = -1;
-  int64_t last_rows = 0;
-  for (int64_t high = 1; high <= grid.rows; ++high) {
-    const int64_t rows = CeilDiv(grid.rows, high);
-    if (rows == last_rows) {
-      high = rows == 1 ? grid.rows : CeilDiv(grid.rows, rows - 1) - 1;
-      continue;
-    }
-    last_rows = rows;
-    int64_t wide = Max(1, CeilDiv(grid.columns, most_columns));
-    int64_t last_columns = 0;
-    for (; wide <= grid.columns; ++wide) {
-      const int64_t columns = CeilDiv(grid.columns, wide);
-      if (columns == last_columns) {
-        wide = columns == 1 ? grid.columns : CeilDiv(grid.columns, columns - 1) - 1;
-        continue;
-      }
-      last_columns = columns;
-      const int64_t x_rows = (rows - 1) * grid.step_height + grid.reach_height + 1;
+  for (int64_t rows = 1; rows <= Min(grid.rows, most_positions); ++rows) {
+    if (!CutsEvenly(grid.rows, rows)) continue;
+    const int64_t x_rows = (rows - 1) * grid.step_height + grid.reach_height + 1;
+    for (int64_t columns = 1; columns <= Min(grid.columns, most_columns); ++columns) {
       const int64_t x_columns = (columns - 1) * grid.step_width + grid.reach_width + 1;
-      if (rows * columns > 1 && x_rows * x_columns > most_positions) continue;
+      if (best >= 0 && x_rows * x_columns > most_positions) break;
+      if (!CutsEvenly(grid.columns, columns)) continue;
       const LaneRegions regions = {grid.batch, rows, columns, CeilDiv(grid.rows, rows),
                                    CeilDiv(grid.columns, columns)};
       const double positions = static_cast<double>(rows * columns);
       const double x_positions = static_cast<double>(x_rows) * static_cast<double>(x_columns);
+      // Packing; then multiply-adds, sums over lanes and loads of each connection.
       const double cost =
           static_cast<double>(LaneGroups(regions)) *
           (3 * (x_positions * static_cast<double>(grid.channels) + positions * out_channels) +
@@ -224,10 +217,9 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
   const Grid grid = ReductionGrid(geometry, parameters.pointwise);
   const double reach =
       (static_cast<double>(grid.reach_height) + 1) * (static_cast<double>(grid.reach_width) + 1);
-  if (reach > 4096) return 0;
+  if (reach > 1 << 16) return 0;
   ChooseRegions(grid, taps, static_cast<double>(arguments->kept),
                 static_cast<double>(geometry.out_channels), &parameters);
-  if (parameters.x_rows == 0) return 0;
   const LaneRegions& regions = parameters.regions;
   parameters.x_size = LanePlaneSize(parameters.x_rows, parameters.x_columns);
   parameters.d_size = LanePlaneSize(regions.rows, regions.columns);
@@ -239,7 +231,11 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
 
   const int64_t sums = arguments->kept * static_cast<int64_t>(taps);
   int64_t parts = 1;
-  if (groups < kWantedItems / 2) {
+  const double planes_bytes =
+      4.0 * static_cast<double>(groups) *
+      (static_cast<double>(parameters.x_size) * static_cast<double>(geometry.in_channels) +
+       static_cast<double>(parameters.d_size) * static_cast<double>(geometry.out_channels));
+  if (groups < kWantedItems / 2 && planes_bytes <= static_cast<double>(kScratchLimit) / 2) {
     parameters.shared_planes = 1;
     parameters.splits = kWantedItems;
   } else {

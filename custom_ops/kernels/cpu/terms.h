@@ -178,6 +178,8 @@ struct Tiles {
   int64_t pixel_stride, row_stride, image_stride;  // Floats.
 };
 
+constexpr int64_t kTileBytes = 640 * 1024;  // Stays in the second-level cache.
+
 KS_INLINE int64_t NumTiles(const Tiles& tiles) { return tiles.groups * tiles.row_tiles; }
 KS_INLINE int64_t TilePixels(const Tiles& tiles) {
   return tiles.images * tiles.rows * tiles.grid.columns;
@@ -190,9 +192,9 @@ KS_INLINE int64_t TapOffset(const KsGeometry& geometry, const Tiles& tiles, int6
          j * geometry.dilation_width * tiles.pixel_stride;
 }
 
-// Chooses tiles of about `budget` bytes of input. Returns false when there is nothing to compute or
+// Chooses tiles of about kTileBytes. Returns false when there is nothing to compute or
 // even one row takes too much memory. Depends on sizes only.
-KS_INLINE bool PlanTiles(const KsGeometry& geometry, int64_t budget, Tiles* tiles) {
+KS_INLINE bool PlanTiles(const KsGeometry& geometry, Tiles* tiles) {
   const Grid grid = ForwardGrid(geometry);
   if (grid.batch <= 0 || grid.rows <= 0 || grid.columns <= 0) return false;
   const double least = 4.0 * (static_cast<double>(grid.reach_height) + 1) *
@@ -214,13 +216,12 @@ KS_INLINE bool PlanTiles(const KsGeometry& geometry, int64_t budget, Tiles* tile
     tiles->padded_width = grid.width;
   }
   tiles->row_stride = tiles->padded_width * tiles->pixel_stride;
-  const int64_t row_bytes = Max(1, 4 * tiles->row_stride);
-  int64_t row_tiles = 1;
-  int64_t rows = grid.rows;
-  while (rows > 1 && ((rows - 1) * grid.step_height + grid.reach_height + 1) * row_bytes > budget) {
-    ++row_tiles;
-    rows = CeilDiv(grid.rows, row_tiles);
-  }
+  // What an output row takes: its part of the input, its result, and tables of its pixels.
+  const int64_t row_bytes =
+      4 * tiles->row_stride * grid.step_height + grid.columns * (4 * geometry.out_channels + 32);
+  const int64_t reach_bytes = 4 * tiles->row_stride * (grid.reach_height + 1);
+  int64_t rows = Min(grid.rows, Max(1, (kTileBytes - reach_bytes) / row_bytes));
+  rows = CeilDiv(grid.rows, CeilDiv(grid.rows, rows));
   tiles->rows = rows;
   tiles->row_tiles = CeilDiv(grid.rows, rows);
   tiles->padded_rows = (rows - 1) * grid.step_height + grid.reach_height + 1;
@@ -228,7 +229,7 @@ KS_INLINE bool PlanTiles(const KsGeometry& geometry, int64_t budget, Tiles* tile
   tiles->images = 1;
   if (tiles->row_tiles == 1) {
     // Enough pixels to use a row of the filter often, and then enough tiles for many threads.
-    const int64_t most = Max(1, budget / (tiles->padded_rows * row_bytes));
+    const int64_t most = Max(1, kTileBytes / (reach_bytes + grid.rows * row_bytes));
     const int64_t enough = CeilDiv(192, grid.rows * grid.columns);
     tiles->images = Min(Min(grid.batch, most), Max(enough, grid.batch / kWantedItems));
   }

@@ -15,7 +15,6 @@ namespace ks {
 namespace KS_ISA {
 namespace {
 
-constexpr int64_t kTileBudget = 384 * 1024;
 constexpr int64_t kChunkBytes = 24 * 1024;  // Of a panel of W'.
 constexpr int64_t kRowsOfItem = 64;         // Kept rows packed at a time.
 constexpr int64_t kPackFrom = 64;           // Pixels that pay for packing W'.
@@ -148,7 +147,7 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   memset(plan, 0, sizeof(*plan));
   Parameters parameters = {};
   Tiles& tiles = parameters.tiles;
-  if (geometry.out_channels == 0 || !PlanTiles(geometry, kTileBudget, &tiles)) return 0;
+  if (geometry.out_channels == 0 || !PlanTiles(geometry, &tiles)) return 0;
   const int64_t num_tiles = NumTiles(tiles);
   const Panels panels = MakePanels(geometry.out_channels);
   const double pixels = static_cast<double>(num_tiles) * TilePixels(tiles);

@@ -13,7 +13,6 @@ namespace ks {
 namespace KS_ISA {
 namespace {
 
-constexpr int64_t kTileBudget = 384 * 1024;
 constexpr int64_t kChunkBytes = 24 * 1024;  // Of a panel of out_backprop.
 
 struct Parameters {
@@ -30,7 +29,7 @@ int ThinnedConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* plan) 
   memset(plan, 0, sizeof(*plan));
   Parameters parameters = {};
   Tiles& tiles = parameters.tiles;
-  if (!PlanTiles(geometry, kTileBudget, &tiles)) return 0;
+  if (!PlanTiles(geometry, &tiles)) return 0;
   const int64_t num_tiles = NumTiles(tiles);
   const int64_t sums = arguments->kept * geometry.out_channels;
   const Panels panels = MakePanels(geometry.out_channels);
