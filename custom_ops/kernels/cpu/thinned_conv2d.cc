@@ -5,7 +5,7 @@
 //
 // Kept rows are taken in the order (channel / 16, tap, channel): neighbouring terms then read the
 // same cache line of a pixel. They are cut into chunks whose part of a panel of W' stays in the
-// first-level cache while all pixels of a tile pass by.
+// second-level cache, and in part in the first, while all pixels of a tile pass by.
 
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
@@ -15,9 +15,9 @@ namespace ks {
 namespace KS_ISA {
 namespace {
 
-constexpr int64_t kChunkBytes = 24 * 1024;  // Of a panel of W'.
+constexpr int64_t kChunkBytes = 96 * 1024;  // Of a panel of W'.
 constexpr int64_t kRowsOfItem = 64;         // Kept rows packed at a time.
-constexpr int64_t kPackFrom = 64;           // Pixels that pay for packing W'.
+constexpr int64_t kPackFrom = 144;          // Pixels that pay for packing W'.
 constexpr int64_t kLineChannels = 16;
 
 struct Parameters {
