@@ -38,6 +38,7 @@ struct Sums {
   int64_t w_stride;  // Floats between rows.
   const Term* terms;
   int64_t num_terms;
+  int64_t ahead;  // Floats from a row to what is wanted next: fetched, a cache line to a block.
   float* out;
   int64_t out_stride;  // Floats between points.
   bool add;            // To what `out` holds.
@@ -51,10 +52,12 @@ void SumTerms(const Sums& sums, const float* const* points) {
   Vec block[kCount][kVectors] = {};
   const float* w = sums.w;
   const int64_t w_stride = sums.w_stride;
+  const int64_t ahead = sums.ahead;
   const Term* const last = sums.terms + sums.num_terms;
   for (const Term* term = sums.terms; term != last; ++term) {
     const float* row = w + term->row * w_stride;
     const int64_t at = term->x;
+    __builtin_prefetch(row + ahead);
     Vec weights[kVectors];
     KS_UNROLL
     for (int v = 0; v < kVectors; ++v) weights[v] = Load(row + v * kLanes);
@@ -134,6 +137,7 @@ KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, cons
   const int64_t blocks = CeilDiv(count, kPoints[panel.vectors]);
   float* const out = sums.out;
   const int64_t out_stride = sums.out_stride;
+  const int64_t ahead = sums.ahead;
   const bool ragged = panel.channels < panel.vectors * kLanes;
   float lanes[kMostPoints * kPanelVectors * kLanes];
   for (int64_t b = 0; b < blocks; ++b) {
@@ -142,6 +146,7 @@ KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, cons
     const float* points[kMostPoints];
     for (int64_t p = 0; p < here; ++p) points[p] = x + offsets[first + p];
     sums.out = out + first * out_stride;
+    sums.ahead = ahead + b % (panel.vectors * kLanes / 16 + 1) * 16;
     if (!ragged) {
       functions.of[panel.vectors][here](sums, points);
       continue;

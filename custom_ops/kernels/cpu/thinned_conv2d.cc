@@ -15,9 +15,10 @@ namespace ks {
 namespace KS_ISA {
 namespace {
 
-constexpr int64_t kChunkBytes = 96 * 1024;  // Of a panel of W'.
-constexpr int64_t kRowsOfItem = 64;         // Kept rows packed at a time.
-constexpr int64_t kPackFrom = 144;          // Pixels that pay for packing W'.
+constexpr int64_t kChunkBytes = 96 * 1024;          // Of a panel of W'.
+constexpr int64_t kChunkInPlaceBytes = 256 * 1024;  // Of W', when it is read in place.
+constexpr int64_t kRowsOfItem = 64;                 // Kept rows packed at a time.
+constexpr int64_t kPackFrom = 144;                  // Pixels that pay for packing W'.
 constexpr int64_t kLineChannels = 16;
 
 struct Parameters {
@@ -59,11 +60,13 @@ int64_t SharedBytes(const KsArguments& arguments, const Parameters& parameters) 
          (parameters.shared_tiles ? NumTiles(parameters.tiles) * TileBytes(parameters.tiles) : 0);
 }
 
-// Sorts the kept rows by group of channels. `indices` increase: taps do too, within a group.
+// Sorts the kept rows by group of channels. `indices` increase: taps do too, within a group. Rows
+// of W' that are read in place keep their order: they come from memory once, one after another.
 void SortTerms(const KsArguments& arguments, const Parameters& parameters, const Shared& shared) {
   const KsGeometry& geometry = arguments.geometry;
   const int64_t channels = geometry.in_channels;
-  const int64_t groups = CeilDiv(channels, kLineChannels);
+  const int64_t line = parameters.packed ? kLineChannels : Max(1, channels);
+  const int64_t groups = CeilDiv(channels, line);
   for (int pass = 0; pass < 2; ++pass) {
     if (pass == 0) {
       memset(shared.starts, 0, (groups + 1) * 4);
@@ -82,10 +85,10 @@ void SortTerms(const KsArguments& arguments, const Parameters& parameters, const
       }
       const int64_t channel = index - tap_begin;
       if (pass == 0) {
-        ++shared.starts[channel / kLineChannels + 1];
+        ++shared.starts[channel / line + 1];
         continue;
       }
-      const int32_t place = shared.starts[channel / kLineChannels]++;
+      const int32_t place = shared.starts[channel / line]++;
       shared.order[place] = static_cast<int32_t>(k);
       shared.terms[place] = {tap_offset + channel, parameters.packed ? place : k};
     }
@@ -115,7 +118,9 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
                  const SumFunctions& functions, const Tile& tile, const float* x,
                  int64_t panel_begin, int64_t panel_end) {
   const Panels panels = MakePanels(arguments.geometry.out_channels);
-  const int64_t chunks = Max(1, CeilDiv(arguments.kept * kPanelVectors * kLanes * 4, kChunkBytes));
+  const int64_t row_bytes = parameters.packed ? kPanelVectors * kLanes * 4 : panels.channels * 4;
+  const int64_t chunks = Max(
+      1, CeilDiv(arguments.kept * row_bytes, parameters.packed ? kChunkBytes : kChunkInPlaceBytes));
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t first = PartBegin(arguments.kept, chunks, chunk);
     const int64_t last = PartBegin(arguments.kept, chunks, chunk + 1);
@@ -125,9 +130,15 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
       if (parameters.packed) {
         sums.w = shared.panels + arguments.kept * panel.first_vector * kLanes;
         sums.w_stride = panel.vectors * kLanes;
+        sums.ahead = 0;
       } else {
         sums.w = arguments.filter + panel.first_vector * kLanes;
         sums.w_stride = panels.channels;
+        sums.ahead =
+            i + 1 < panel_end
+                ? panel.vectors * kLanes
+                : (last - first) * panels.channels -
+                      (panel.first_vector - PanelAt(panels, panel_begin).first_vector) * kLanes;
       }
       sums.terms = shared.terms + first;
       sums.num_terms = last - first;
@@ -150,7 +161,8 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   if (geometry.out_channels == 0 || !PlanTiles(geometry, &tiles)) return 0;
   const int64_t num_tiles = NumTiles(tiles);
   const Panels panels = MakePanels(geometry.out_channels);
-  const double pixels = static_cast<double>(num_tiles) * TilePixels(tiles);
+  const double pixels =
+      static_cast<double>(geometry.batch) * geometry.out_height * geometry.out_width;
   // Rows that do not fill their vectors cannot be read in place.
   parameters.packed = pixels >= kPackFrom || geometry.out_channels % kLanes != 0;
   parameters.splits = 1;

@@ -123,6 +123,7 @@ void ThinnedConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* 
           sums.w_stride = parameters.packed ? packed_channels : geometry.out_channels;
           sums.terms = terms + pixel;
           sums.num_terms = PartBegin(tile.pixels, chunks, chunk + 1) - pixel;
+          sums.ahead = 0;
           sums.out = result + panel.first_vector * kLanes;
           sums.out_stride = geometry.out_channels;
           sums.add = add;
