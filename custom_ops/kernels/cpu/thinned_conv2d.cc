@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kChunkBytes = 96 * 1024;          // Of a panel of W'.
 constexpr int64_t kChunkInPlaceBytes = 256 * 1024;  // Of W', when it is read in place.
 constexpr int64_t kRowsOfItem = 64;                 // Kept rows packed at a time.
-constexpr int64_t kPackFrom = 144;                  // Pixels that pay for packing W'.
+constexpr int64_t kPackFrom = 100;                  // Pixels that pay for packing W'.
 constexpr int64_t kLineChannels = 16;
 
 struct Parameters {
