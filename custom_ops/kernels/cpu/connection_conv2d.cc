@@ -13,6 +13,7 @@
 
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
+#include "custom_ops/kernels/cpu/transposed_table.h"
 
 namespace ks {
 namespace KS_ISA {
@@ -313,48 +314,6 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
   }
 }
 
-// --- The transposed table ------------------------------------------------------------------------
-
-struct Transposed {
-  int32_t* row_splits;  // [in_channels + 1]
-  int32_t* channels;    // [kept]: output channels
-  int32_t* from;        // [kept]: the connection of the caller's table
-  float* filter;        // [kept, taps], in the order of Taps
-};
-
-int64_t TransposedBytes(const KsArguments& arguments) {
-  const KsGeometry& geometry = arguments.geometry;
-  return PieceBytes(geometry.in_channels + 2, 4) + 2 * PieceBytes(arguments.kept, 4) +
-         PieceBytes(arguments.kept * geometry.kernel_height * geometry.kernel_width, 4);
-}
-
-Transposed PlaceTransposed(const KsArguments& arguments, Arena* arena) {
-  const KsGeometry& geometry = arguments.geometry;
-  Transposed table;
-  table.row_splits = arena->Take<int32_t>(geometry.in_channels + 2);
-  table.channels = arena->Take<int32_t>(arguments.kept);
-  table.from = arena->Take<int32_t>(arguments.kept);
-  table.filter =
-      arena->Take<float>(arguments.kept * geometry.kernel_height * geometry.kernel_width);
-  return table;
-}
-
-// A counting sort: within a row the output channels ascend.
-void TransposeTable(const KsArguments& arguments, const Transposed& table) {
-  const int64_t rows = arguments.geometry.in_channels;
-  memset(table.row_splits, 0, (rows + 2) * 4);
-  int32_t* next = table.row_splits + 1;  // Becomes row_splits once every row is filled.
-  for (int64_t c = 0; c < arguments.kept; ++c) ++next[arguments.input_channels[c] + 1];
-  for (int64_t s = 0; s < rows; ++s) next[s + 1] += next[s];
-  for (int64_t o = 0; o < arguments.geometry.out_channels; ++o) {
-    for (int32_t c = arguments.row_splits[o]; c < arguments.row_splits[o + 1]; ++c) {
-      const int32_t at = next[arguments.input_channels[c]]++;
-      table.channels[at] = static_cast<int32_t>(o);
-      table.from[at] = c;
-    }
-  }
-}
-
 // --- Plan and run --------------------------------------------------------------------------------
 
 int64_t ColumnMapSize(const Planes& planes) { return RoundUp(planes.columns, kLanes); }
@@ -384,7 +343,7 @@ int Plan(const KsArguments& arguments, Parameters parameters, KsPlan* plan) {
     stage->items = 1;
     stage->cost = 1000 + arguments.kept * 10;
     ++stage;
-    stage->items = CeilDiv(grid.channels > 0 ? geometry.in_channels : 0, 16);
+    stage->items = grid.channels > 0 ? TransposeFilterItems(arguments) : 0;
     stage->cost = 100 + arguments.kept * taps * 32 / Max(1, geometry.in_channels);
     ++stage;
   }
@@ -401,7 +360,7 @@ int Plan(const KsArguments& arguments, Parameters parameters, KsPlan* plan) {
   plan->scratch_bytes = TapsBytes(taps, phases) + PieceBytes(ColumnMapSize(planes), 8) +
                         PieceBytes(kLanes * kMaxRows * kMaxVectors * kLanes, 4) +
                         (parameters.shared_tiles ? 0 : parameters.tile_bytes);
-  plan->shared_bytes = (parameters.transposed ? TransposedBytes(arguments) : 0) +
+  plan->shared_bytes = (parameters.transposed ? TransposedTableBytes(arguments) : 0) +
                        (parameters.shared_tiles ? tiles * parameters.tile_bytes : 0);
   SaveParameters(parameters, plan);
   return 1;
@@ -413,25 +372,20 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   const KsGeometry& geometry = arguments.geometry;
   const Grid& grid = parameters.grid;
   const Planes& planes = parameters.planes;
-  const int64_t num_taps = geometry.kernel_height * geometry.kernel_width;
 
   Arena shared_arena = {static_cast<char*>(shared)};
   Arena scratch_arena = {static_cast<char*>(scratch)};
   const Taps taps = MakeTaps(geometry, parameters, &scratch_arena);
   Table table = {arguments.row_splits, arguments.input_channels, arguments.filter};
   if (parameters.transposed) {
-    const Transposed transposed = PlaceTransposed(arguments, &shared_arena);
+    const TransposedTable transposed = PlaceTransposedTable(arguments, &shared_arena);
     if (stage == 0) {
       TransposeTable(arguments, transposed);
       return;
     }
     if (stage == 1) {
-      const int64_t last = Min(end * 16, geometry.in_channels);
-      for (int64_t c = transposed.row_splits[begin * 16]; c < transposed.row_splits[last]; ++c) {
-        const float* from = arguments.filter + transposed.from[c] * num_taps;
-        float* to = transposed.filter + c * num_taps;
-        for (int64_t t = 0; t < num_taps; ++t) to[t] = from[taps.source[t]];
-      }
+      TransposeFilter(arguments, transposed, begin, end,
+                      [&taps](int64_t t) { return taps.source[t]; });
       return;
     }
     stage -= 2;

@@ -1,0 +1,831 @@
+// Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
+//
+// Connection-table convolution with stride 1, forward and gradient with respect to the input.
+//
+// The images of the batch are cut into equal regions, and a lane of a vector is a region: vector
+// (r, c) of a channel's plane holds source pixel (r, c) of kLanes regions. Every tap of every
+// output pixel is then an aligned load, whatever the width of the images, and one loaded vector
+// feeds the sums of all output pixels that its pixel reaches: the weights of a connection and the
+// sums of a block of output pixels stay in registers. An unstructured sparse convolution needs a
+// load for each multiply-add; this one needs a load for two to five.
+//
+//   group    kLanes regions; one after another, or shared by several pieces of work when few
+//   plane    [rows][columns][lanes] of one source channel of a group, with its margin of taps.
+//            Where a region is as high (wide) as the image there is no margin above and below (left
+//            and right): taps that fall into the padding are skipped.
+//   block    the output pixels of a region whose sums stay in registers
+//
+// Source channels are taken in several parts when their planes together would not fit the L2 cache;
+// sums then pass through memory from part to part. The gradient with respect to the input is the
+// same convolution of out_backprop over the transposed table with flipped taps.
+
+#include "custom_ops/kernels/cpu/planes.h"
+#include "custom_ops/kernels/cpu/routines.h"
+#include "custom_ops/kernels/cpu/transposed_table.h"
+
+namespace ks {
+namespace KS_ISA {
+namespace {
+
+// Rows and columns are those of the images, except that they trade places for kernels of one
+// column: these run as kernels of one row.
+struct Parameters {
+  int64_t batch, height, width, channels;  // Of the source.
+  int64_t source_row, source_column;       // Floats from one row (column) of it to the next.
+  int64_t rows, columns, out_channels;     // Of the result.
+  int64_t result_row, result_column;
+  int64_t kernel_height, kernel_width;
+  int64_t pad_top, pad_left;
+
+  int64_t region_rows, region_columns;  // Result pixels of a region.
+  int64_t regions_high, regions_wide;   // Of an image.
+  int64_t groups;
+  int64_t origin_row, origin_column;  // Source pixel at (0, 0) of a plane, seen from the region.
+  int64_t plane_rows, plane_columns;
+  int64_t plane_size;                // Floats.
+  int64_t lead;                      // Floats before the first plane that pointers may go back.
+  int64_t blocks_high, blocks_wide;  // Of a region.
+  int64_t parts;                     // Of the source channels.
+  int64_t tile_stride;               // Floats from the sums of one result channel to the next.
+
+  int64_t transposed;     // 1: stage 0 transposes the table, stage 1 the filter.
+  int64_t shared_planes;  // 1: a stage of its own packs all planes, the next one computes.
+  int64_t splits;         // Parts of the result's channels, for shared_planes.
+};
+
+// --- Blocks --------------------------------------------------------------------------------------
+
+struct Block {
+  const float* planes;      // The first channel's, at the first tap of the block's first pixel.
+  int64_t plane_size;       // Floats from the plane of one channel to the next.
+  int64_t row_step;         // Floats from one row of a plane to the next.
+  const int32_t* channels;  // The connections: source channels, counted from the one of `planes`,
+  const float* filter;      // and their taps.
+  int64_t connections;
+  int64_t kernel_height;
+  // The part of the block's window, [rows + kernel_height - 1][columns + kernel_width - 1] vectors,
+  // that is in the plane. The rest is padding; it is less than half a kernel on each side.
+  int64_t row_begin, row_end, column_begin, column_end;
+  int64_t accumulate;  // 1: adds to what `sums` holds.
+  float* sums;         // [rows][columns][lanes]
+};
+
+typedef void (*BlockFunction)(const Block&);
+
+// A kind of kernel: its width and how many rows of its taps are in registers at a time.
+template <int kRowsOfTaps, int kColumnsOfTaps, int kBlockRows, int kBlockColumns>
+struct Kind {
+  static constexpr int kTapRows = kRowsOfTaps, kTapColumns = kColumnsOfTaps;
+  // Limits of a block. Beside its sums there are weights and one or two operands.
+  static constexpr int kFree = kRegisters - kTapRows * kTapColumns - (kRegisters == 32 ? 1 : 2);
+  static constexpr int kMaxSums = kFree < 24 ? kFree : 24;
+  static constexpr int kMaxRows = kBlockRows < kMaxSums ? kBlockRows : kMaxSums;
+  static constexpr int kMaxColumns = kBlockColumns < kMaxSums ? kBlockColumns : kMaxSums;
+};
+#if KS_VECTOR_BYTES == 64
+typedef Kind<3, 3, 8, 5> ThreeByThree;
+#else
+typedef Kind<1, 3, 4, 8> ThreeByThree;
+#endif
+typedef Kind<1, 1, 1, 16> OneWide;
+typedef Kind<1, 3, 4, 8> ThreeWide;
+typedef Kind<1, 5, 4, 8> FiveWide;
+typedef Kind<1, 7, 4, 9> SevenWide;
+
+// Enough separate sums to hide the latency of a multiply-add: small blocks keep several for a
+// pixel.
+constexpr int kSumsInFlight = 8;
+
+template <typename K, int kRows, int kColumns>
+void SumBlock(const Block& block) {
+  constexpr int kTapRows = K::kTapRows, kTapColumns = K::kTapColumns;
+  constexpr int kWanted = (kSumsInFlight + kRows * kColumns - 1) / (kRows * kColumns);
+  constexpr int kSets = kWanted < kTapRows * kTapColumns ? kWanted : kTapRows * kTapColumns;
+  Vec sums[kSets][kRows][kColumns] = {};
+  if (block.accumulate) {
+    KS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      KS_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        sums[0][r][c] = Load(block.sums + (r * kColumns + c) * kLanes);
+      }
+    }
+  }
+  const int64_t row_step = block.row_step;
+  const float* filter = block.filter;
+  const int32_t* channel = block.channels;
+  for (const int32_t* end = channel + block.connections; channel != end; ++channel) {
+    const float* plane = block.planes + *channel * block.plane_size;
+    const int64_t tap_rows = kTapRows == 1 ? block.kernel_height : kTapRows;
+    for (int64_t first = 0; first < tap_rows; first += kTapRows) {
+      Vec weights[kTapRows][kTapColumns];
+      KS_UNROLL
+      for (int i = 0; i < kTapRows; ++i) {
+        KS_UNROLL
+        for (int j = 0; j < kTapColumns; ++j) weights[i][j] = Splat(filter[i * kTapColumns + j]);
+      }
+      filter += kTapRows * kTapColumns;
+      const float* row = plane + first * row_step;
+      KS_UNROLL
+      for (int q = 0; q < kRows + kTapRows - 1; ++q, row += row_step) {
+        // Only the outermost rows and columns can be padding.
+        if (kTapRows == 1 ? first + q < block.row_begin || first + q >= block.row_end
+                          : (q < kTapRows / 2 && q < block.row_begin) ||
+                                (q >= kRows + kTapRows / 2 && q >= block.row_end)) {
+          continue;
+        }
+        KS_UNROLL
+        for (int p = 0; p < kColumns + kTapColumns - 1; ++p) {
+          if ((p < kTapColumns / 2 && p < block.column_begin) ||
+              (p >= kColumns + kTapColumns / 2 && p >= block.column_end)) {
+            continue;
+          }
+          const Vec x = Load(row + p * kLanes);
+          KS_UNROLL
+          for (int i = 0; i < kTapRows; ++i) {
+            KS_UNROLL
+            for (int j = 0; j < kTapColumns; ++j) {
+              if (q - i >= 0 && q - i < kRows && p - j >= 0 && p - j < kColumns) {
+                sums[(i * kTapColumns + j) % kSets][q - i][p - j] += weights[i][j] * x;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  KS_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    KS_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      Vec sum = sums[0][r][c];
+      KS_UNROLL
+      for (int s = 1; s < kSets; ++s) sum += sums[s][r][c];
+      Store(block.sums + (r * kColumns + c) * kLanes, sum);
+    }
+  }
+}
+
+// SumBlock for a block of rows x columns.
+template <typename K, int kRows = K::kMaxRows, int kColumns = K::kMaxColumns>
+BlockFunction FindBlock(int64_t rows, int64_t columns) {
+  if constexpr (kRows == 0) {
+    return nullptr;
+  } else if constexpr (kColumns == 0) {
+    return FindBlock<K, kRows - 1, K::kMaxColumns>(rows, columns);
+  } else {
+    if constexpr (kRows * kColumns <= K::kMaxSums) {
+      if (rows == kRows && columns == kColumns) return SumBlock<K, kRows, kColumns>;
+    }
+    return FindBlock<K, kRows, kColumns - 1>(rows, columns);
+  }
+}
+
+struct KindTraits {
+  int64_t tap_rows, max_rows, max_columns, max_sums;
+  BlockFunction (*find)(int64_t rows, int64_t columns);
+};
+template <typename K>
+KindTraits TraitsOf() {
+  return {K::kTapRows, K::kMaxRows, K::kMaxColumns, K::kMaxSums, FindBlock<K>};
+}
+
+// False when there is no kind for such a kernel.
+bool FindKind(int64_t kernel_height, int64_t kernel_width, KindTraits* traits) {
+  if (kernel_height == 3 && kernel_width == 3) {
+    *traits = TraitsOf<ThreeByThree>();
+  } else if (kernel_width == 1 && kernel_height == 1) {
+    *traits = TraitsOf<OneWide>();
+  } else if (kernel_width == 3) {
+    *traits = TraitsOf<ThreeWide>();
+  } else if (kernel_width == 5) {
+    *traits = TraitsOf<FiveWide>();
+  } else if (kernel_width == 7) {
+    *traits = TraitsOf<SevenWide>();
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// --- Packing -------------------------------------------------------------------------------------
+
+// Where the regions of a group lie.
+struct Regions {
+  intptr_t
+      source[kLanes];  // Address of the source pixel at (0, 0) of the plane, in the image or not
+  int64_t row_begin[kLanes], row_end[kLanes];  // The part of the plane that is in the image;
+  int64_t column_begin[kLanes], column_end[kLanes];
+  int64_t result[kLanes];                 // offset of the first pixel of the result
+  int64_t rows[kLanes], columns[kLanes];  // and how many of the region's are in it.
+  bool whole;                             // All of them, in every lane.
+};
+
+void FindRegions(const Parameters& p, int64_t group, const float* source, Regions* regions) {
+  regions->whole = true;
+  for (int64_t l = 0; l < kLanes; ++l) {
+    const int64_t region = group * kLanes + l;
+    const int64_t column = region % p.regions_wide * p.region_columns;
+    const int64_t row = region / p.regions_wide % p.regions_high * p.region_rows;
+    const int64_t image = region / p.regions_wide / p.regions_high;
+    const bool used = image < p.batch;
+    const int64_t y = row + p.origin_row, x = column + p.origin_column;
+    regions->source[l] =
+        reinterpret_cast<intptr_t>(source) +
+        4 * (image * p.height * p.width * p.channels + y * p.source_row + x * p.source_column);
+    regions->row_begin[l] = Max(0, -y);
+    regions->row_end[l] = used ? Min(p.plane_rows, p.height - y) : 0;
+    regions->column_begin[l] = Max(0, -x);
+    regions->column_end[l] = Min(p.plane_columns, p.width - x);
+    regions->result[l] =
+        image * p.rows * p.columns * p.out_channels + row * p.result_row + column * p.result_column;
+    regions->rows[l] = used ? Min(p.region_rows, p.rows - row) : 0;
+    regions->columns[l] = Min(p.region_columns, p.columns - column);
+    if (regions->rows[l] != p.region_rows || regions->columns[l] != p.region_columns) {
+      regions->whole = false;
+    }
+  }
+}
+
+// Fills the planes of source channels [begin, end); `planes` is the plane of `begin`. `zeros` is as
+// long as a pixel.
+void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int64_t end,
+                const float* zeros, float* planes) {
+  const intptr_t zero = reinterpret_cast<intptr_t>(zeros);
+  for (int64_t r = 0; r < p.plane_rows; ++r) {
+    int64_t column_begin[kLanes], column_end[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const bool inside = r >= regions.row_begin[l] && r < regions.row_end[l];
+      column_begin[l] = regions.column_begin[l];
+      column_end[l] = inside ? regions.column_end[l] : 0;
+    }
+    for (int64_t c = 0; c < p.plane_columns; ++c) {
+      const int64_t offset = 4 * (r * p.source_row + c * p.source_column);
+      intptr_t pixels[kLanes];
+      for (int l = 0; l < kLanes; ++l) {
+        const bool inside = c >= column_begin[l] && c < column_end[l];
+        pixels[l] = inside ? regions.source[l] + offset : zero;
+      }
+      float* target = planes + (r * p.plane_columns + c) * kLanes;
+      if (end - begin < kLanes) {
+        for (int64_t channel = begin; channel < end; ++channel) {
+          for (int l = 0; l < kLanes; ++l) {
+            target[(channel - begin) * p.plane_size + l] =
+                reinterpret_cast<const float*>(pixels[l])[channel];
+          }
+        }
+        continue;
+      }
+      for (int64_t next = begin; next < end; next += kLanes) {
+        // The last channels overlap those before rather than being fewer.
+        const int64_t channel = Min(next, end - kLanes);
+        Vec lanes[kLanes];
+        KS_UNROLL
+        for (int l = 0; l < kLanes; ++l) {
+          lanes[l] = Load(reinterpret_cast<const float*>(pixels[l]) + channel);
+        }
+        Transpose(lanes);
+        float* plane = target + (channel - begin) * p.plane_size;
+        KS_UNROLL
+        for (int l = 0; l < kLanes; ++l) Store(plane + l * p.plane_size, lanes[l]);
+      }
+    }
+  }
+}
+
+// Stores the sums of a block: those of result channel begin + i are at sums + i * stride.
+void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
+                int64_t first_column, int64_t rows, int64_t columns, int64_t begin, int64_t end,
+                const float* sums, int64_t stride, float* output) {
+  for (int64_t r = first_row; r < first_row + rows; ++r) {
+    for (int64_t c = first_column; c < first_column + columns; ++c, sums += kLanes) {
+      float* target = output + r * p.result_row + c * p.result_column;
+      for (int64_t channel = begin; channel < end; channel += kLanes) {
+        Vec lanes[kLanes];
+        KS_UNROLL
+        for (int l = 0; l < kLanes; ++l) {
+          lanes[l] = Load(sums + (channel - begin + l) * stride);
+        }
+        Transpose(lanes);
+        const int64_t count = end - channel;
+        if (regions.whole && count >= kLanes) {
+          KS_UNROLL
+          for (int l = 0; l < kLanes; ++l) {
+            Store(target + regions.result[l] + channel, lanes[l]);
+          }
+          continue;
+        }
+        KS_UNROLL
+        for (int l = 0; l < kLanes; ++l) {
+          if (r >= regions.rows[l] || c >= regions.columns[l]) continue;
+          if (count >= kLanes) {
+            Store(target + regions.result[l] + channel, lanes[l]);
+          } else {
+            StoreFirst(target + regions.result[l] + channel, lanes[l], count);
+          }
+        }
+      }
+    }
+  }
+}
+
+// --- The table, cut into parts -------------------------------------------------------------------
+
+struct Table {
+  const int32_t* row_splits;
+  const int32_t* channels;
+  const float* filter;
+  // Part s of the connections of result channel o is [starts[s][o], starts[s + 1][o]).
+  int32_t* starts;  // [parts + 1][out_channels]
+  // Result channels by how many connections they have in a part, within those that are computed
+  // together: the processor then predicts where loops over connections end.
+  int32_t* order;  // [parts][out_channels]
+};
+
+// Source channels [PartChannel(s), PartChannel(s + 1)) are part s: whole vectors, and at least
+// kLanes of them when there are several parts.
+KS_INLINE int64_t PartChannel(const Parameters& p, int64_t part) {
+  return part == p.parts ? p.channels
+                         : PartBegin(CeilDiv(p.channels, kLanes), p.parts, part) * kLanes;
+}
+
+// Result channels of split s begin here.
+KS_INLINE int64_t SplitChannel(const Parameters& p, int64_t split) {
+  return Min(p.out_channels, PartBegin(CeilDiv(p.out_channels, kLanes), p.splits, split) * kLanes);
+}
+
+// Channels of a split that are computed together: with one part, as many as are stored together;
+// with several, all of them.
+KS_INLINE int64_t Together(const Parameters& p) { return p.parts == 1 ? kLanes : p.out_channels; }
+
+void SortByLength(const int32_t* begin, const int32_t* end, int64_t first, int64_t last,
+                  int32_t* order) {
+  constexpr int kLengths = 256;
+  int32_t places[kLengths + 1] = {};
+  const auto length = [begin, end](int64_t o) {
+    return Min(kLengths - 1, static_cast<int64_t>(end[o]) - begin[o]);
+  };
+  if (last - first <= kLanes) {
+    for (int64_t o = first; o < last; ++o) {
+      int64_t at = o;
+      for (; at > first && length(order[at - 1]) > length(o); --at) order[at] = order[at - 1];
+      order[at] = static_cast<int32_t>(o);
+    }
+    return;
+  }
+  for (int64_t o = first; o < last; ++o) ++places[length(o) + 1];
+  for (int i = 0; i < kLengths; ++i) places[i + 1] += places[i];
+  for (int64_t o = first; o < last; ++o) {
+    order[first + places[length(o)]++] = static_cast<int32_t>(o);
+  }
+}
+
+void CutTable(const Parameters& p, const Table& table) {
+  for (int64_t o = 0; o < p.out_channels; ++o) {
+    int64_t at = table.row_splits[o];
+    const int64_t end = table.row_splits[o + 1];
+    table.starts[o] = static_cast<int32_t>(at);
+    for (int64_t part = 1; part < p.parts; ++part) {
+      const int64_t channel = PartChannel(p, part);
+      int64_t high = end;
+      while (at < high) {
+        const int64_t middle = (at + high) / 2;
+        if (table.channels[middle] < channel) {
+          at = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      table.starts[part * p.out_channels + o] = static_cast<int32_t>(at);
+    }
+    table.starts[p.parts * p.out_channels + o] = static_cast<int32_t>(end);
+  }
+  for (int64_t part = 0; part < p.parts; ++part) {
+    const int32_t* starts = table.starts + part * p.out_channels;
+    for (int64_t split = 0; split < p.splits; ++split) {
+      const int64_t end = SplitChannel(p, split + 1);
+      for (int64_t o = SplitChannel(p, split); o < end; o += Together(p)) {
+        SortByLength(starts, starts + p.out_channels, o, Min(end, o + Together(p)),
+                     table.order + part * p.out_channels);
+      }
+    }
+  }
+}
+
+// --- Compute -------------------------------------------------------------------------------------
+
+struct Work {
+  Parameters p;
+  KindTraits kind;
+  Table table;
+  Regions regions;
+  float* sums;   // [channels computed together][tile_stride]
+  float* zeros;  // [channels of the source]
+  float* output;
+};
+
+// Adds one part of the source channels to result channels [begin, end); stores them after the last.
+void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, const float* planes) {
+  const Parameters& p = work.p;
+  const int64_t taps = p.kernel_height * p.kernel_width;
+  const int32_t* starts = work.table.starts + part * p.out_channels;
+  const int32_t* ends = starts + p.out_channels;
+  const int32_t* order = work.table.order + part * p.out_channels;
+  Block block;
+  block.plane_size = p.plane_size;
+  block.row_step = p.plane_columns * kLanes;
+  block.kernel_height = p.kernel_height;
+  block.accumulate = part > 0;
+  planes -= PartChannel(p, part) * p.plane_size;
+  float* sums = work.sums;
+  for (int64_t i = 0; i < p.blocks_high; ++i) {
+    const int64_t row = PartBegin(p.region_rows, p.blocks_high, i);
+    const int64_t rows = PartBegin(p.region_rows, p.blocks_high, i + 1) - row;
+    const int64_t window_row = row - p.pad_top - p.origin_row;
+    block.row_begin = Max(0, -window_row);
+    block.row_end = Min(rows + p.kernel_height - 1, p.plane_rows - window_row);
+    for (int64_t j = 0; j < p.blocks_wide; ++j) {
+      const int64_t column = PartBegin(p.region_columns, p.blocks_wide, j);
+      const int64_t columns = PartBegin(p.region_columns, p.blocks_wide, j + 1) - column;
+      const int64_t window_column = column - p.pad_left - p.origin_column;
+      block.column_begin = Max(0, -window_column);
+      block.column_end = Min(columns + p.kernel_width - 1, p.plane_columns - window_column);
+      block.planes = planes + window_row * block.row_step + window_column * kLanes;
+      const BlockFunction function = work.kind.find(rows, columns);
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t o = order[k];
+        block.channels = work.table.channels + starts[o];
+        block.filter = work.table.filter + starts[o] * taps;
+        block.connections = ends[o] - starts[o];
+        block.sums = sums + (o - begin) * p.tile_stride;
+        if (block.connections > 0 || !block.accumulate) function(block);
+      }
+      if (part == p.parts - 1) {
+        StoreBlock(p, work.regions, row, column, rows, columns, begin, end, sums, p.tile_stride,
+                   work.output);
+      }
+      if (p.parts > 1) sums += rows * columns * kLanes;
+    }
+  }
+}
+
+// --- Plan ----------------------------------------------------------------------------------------
+
+constexpr int64_t kPlanesBudget = 640 * 1024;  // Of bytes in the L2 cache, for planes.
+constexpr int64_t kL2Budget = 960 * 1024;      // For all.
+constexpr int64_t kMaxRegion = 20;             // Rows, columns of a region.
+constexpr int64_t kSharedGroups = 8;           // With fewer groups, threads share their planes.
+
+struct Axis {
+  int64_t size, source, kernel, pad;
+};
+
+// How a region of `region` pixels lies on an axis.
+struct Cut {
+  int64_t regions, region, origin, plane;
+  double inside;  // Share of the taps that is not skipped.
+};
+
+Cut CutAxis(const Axis& axis, int64_t region) {
+  Cut cut;
+  cut.region = region;
+  cut.regions = CeilDiv(axis.size, region);
+  const int64_t pad_after = axis.size + axis.kernel - 1 - axis.pad - axis.source;
+  const int64_t half = axis.kernel / 2;
+  cut.inside = 1;
+  cut.origin = -axis.pad;
+  cut.plane = region + axis.kernel - 1;
+  if (cut.regions == 1 && axis.pad >= 0 && axis.pad <= half && pad_after >= 0 &&
+      pad_after <= half) {
+    cut.origin = 0;
+    cut.plane = axis.source;
+    const int64_t skipped = (axis.pad * (axis.pad + 1) + pad_after * (pad_after + 1)) / 2;
+    cut.inside = 1.0 - static_cast<double>(skipped) / static_cast<double>(region * axis.kernel);
+  }
+  return cut;
+}
+
+// Regions worth a thought: the smallest of those that give the same number.
+int64_t CandidateCuts(const Axis& axis, Cut* cuts) {
+  int64_t count = 0;
+  for (int64_t region = Min(axis.size, kMaxRegion); region >= 1; --region) {
+    if (CeilDiv(axis.size, CeilDiv(axis.size, region)) == region) {
+      cuts[count++] = CutAxis(axis, region);
+    }
+  }
+  return count;
+}
+
+KS_INLINE double Larger(double a, double b) { return a > b ? a : b; }
+
+// Chooses the regions, blocks and parts. Costs are clock cycles, roughly.
+void ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
+  const Axis high = {p->rows, p->height, p->kernel_height, p->pad_top};
+  const Axis wide = {p->columns, p->width, p->kernel_width, p->pad_left};
+  Cut rows[kMaxRegion], columns[kMaxRegion];
+  const int64_t num_rows = CandidateCuts(high, rows);
+  const int64_t num_columns = CandidateCuts(wide, columns);
+  const double taps = static_cast<double>(p->kernel_height * p->kernel_width);
+  const double passes = static_cast<double>(p->kernel_height) / static_cast<double>(kind.tap_rows);
+  const int64_t most_parts = Max(1, Min(8, CeilDiv(p->channels, kLanes) / 2));
+  double best = 0;
+  for (int64_t y = 0; y < num_rows; ++y) {
+    for (int64_t x = 0; x < num_columns; ++x) {
+      const Cut& row = rows[y];
+      const Cut& column = columns[x];
+      const int64_t groups = CeilDiv(p->batch * row.regions * column.regions, kLanes);
+      const int64_t plane = row.plane * column.plane;
+      const double pixels = static_cast<double>(row.region * column.region);
+      const double fill = 5.0 * static_cast<double>(plane * p->channels);
+      const double empty = 6.0 * pixels * static_cast<double>(p->out_channels);
+      if (best > 0 && (fill + empty) * static_cast<double>(groups) >= best) continue;
+      const int64_t least = CeilDiv(column.region, kind.max_columns);
+      for (int64_t blocks_wide = least; blocks_wide <= least + 2; ++blocks_wide) {
+        if (blocks_wide > column.region) break;
+        const int64_t block_columns = CeilDiv(column.region, blocks_wide);
+        const int64_t most_rows = Min(kind.max_rows, kind.max_sums / block_columns);
+        const int64_t blocks_high = CeilDiv(row.region, most_rows);
+        const double blocks = static_cast<double>(blocks_high * blocks_wide);
+        const double block_rows =
+            static_cast<double>(row.region) / static_cast<double>(blocks_high);
+        const double block_width =
+            static_cast<double>(column.region) / static_cast<double>(blocks_wide);
+        const double multiply = 0.5 * taps * pixels * row.inside * column.inside;
+        const double loads = blocks * (block_rows + static_cast<double>(kind.tap_rows - 1)) *
+                             (block_width + static_cast<double>(p->kernel_width - 1)) * passes;
+        const double chain = blocks * (taps * 4 * pixels / blocks / kSumsInFlight);
+        const double weights = blocks * taps * 0.5;
+        for (int64_t parts = 1; parts <= most_parts; parts *= 2) {
+          const int64_t planes_bytes = plane * kLanes * 4 * CeilDiv(p->channels, parts);
+          const int64_t sums_bytes =
+              parts == 1 ? 0 : row.region * column.region * kLanes * 4 * p->out_channels;
+          const double far = planes_bytes > kPlanesBudget            ? 2.5
+                             : planes_bytes + sums_bytes > kL2Budget ? 1.5
+                                                                     : 1.0;
+          const double connection =
+              Larger(Larger(multiply, chain), loads * 1.1 * far + weights * 0.3) + weights * 0.3 +
+              blocks * 2;
+          const double call = blocks * 25 + pixels * 0.5 + (parts > 1 ? pixels * 1.5 * far : 0.0);
+          const double cost =
+              static_cast<double>(groups) * (static_cast<double>(kept) * connection + fill + empty +
+                                             static_cast<double>(p->out_channels * parts) * call);
+          if (best > 0 && cost >= best) continue;
+          best = cost;
+          p->region_rows = row.region;
+          p->region_columns = column.region;
+          p->regions_high = row.regions;
+          p->regions_wide = column.regions;
+          p->groups = groups;
+          p->origin_row = row.origin;
+          p->origin_column = column.origin;
+          p->plane_rows = row.plane;
+          p->plane_columns = column.plane;
+          p->blocks_high = blocks_high;
+          p->blocks_wide = blocks_wide;
+          p->parts = parts;
+        }
+      }
+    }
+  }
+}
+
+// Floats of the planes of one group, all parts of which are there at a time or only one.
+int64_t PlanesSize(const Parameters& p, bool all_parts) {
+  int64_t channels = p.channels;
+  if (!all_parts) channels = CeilDiv(CeilDiv(p.channels, kLanes), p.parts) * kLanes;
+  return RoundUp(p.lead + channels * p.plane_size, KS_ALIGNMENT / 4);
+}
+
+// Pieces of work that pack the planes of a group: kLanes channels each, the last one what remains.
+int64_t PackItems(const Parameters& p) { return Max(1, p.channels / kLanes); }
+
+int64_t TableBytes(const Parameters& p) {
+  return PieceBytes((p.parts + 1) * p.out_channels, 4) + PieceBytes(p.parts * p.out_channels, 4);
+}
+
+int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
+  const int64_t least = Min(Min(Min(p.batch, p.channels), Min(p.height, p.width)),
+                            Min(Min(p.rows, p.columns), p.out_channels));
+  KindTraits kind;
+  if (least < 1 || !FindKind(p.kernel_height, p.kernel_width, &kind)) return 0;
+  memset(plan, 0, sizeof(*plan));
+  p.splits = 1;
+  ChooseRegions(kind, arguments.kept, &p);
+  // A plane is an odd number of cache lines, so that the planes of different channels do not fall
+  // into the same cache sets; so are the sums of a channel.
+  p.plane_size = (CeilDiv(p.plane_rows * p.plane_columns * kLanes, 16) | 1) * 16;
+  p.lead =
+      (Max(0, p.pad_top + p.origin_row) * p.plane_columns + Max(0, p.pad_left + p.origin_column)) *
+      kLanes;
+  const int64_t pixels = p.region_rows * p.region_columns;
+  const int64_t block_pixels =
+      CeilDiv(p.region_rows, p.blocks_high) * CeilDiv(p.region_columns, p.blocks_wide);
+  p.tile_stride = (CeilDiv((p.parts == 1 ? block_pixels : pixels) * kLanes, 16) | 1) * 16;
+  const int64_t group_bytes = PlanesSize(p, true) * 4;
+  if (p.groups < kSharedGroups && p.groups * group_bytes <= kScratchLimit) {
+    p.shared_planes = 1;
+    p.splits = Min(CeilDiv(kWantedItems, p.groups), CeilDiv(p.out_channels, kLanes));
+  }
+
+  const int64_t taps = p.kernel_height * p.kernel_width;
+  const int64_t fill = p.plane_rows * p.plane_columns * 5;
+  const int64_t empty = pixels * 6 * p.out_channels;
+  const int64_t sums = arguments.kept * pixels * taps * 6 / 10;
+  KsStage* stage = plan->stages;
+  stage->items = 1;
+  stage->cost = 1000 + p.parts * p.out_channels * 10 + (p.transposed ? arguments.kept * 10 : 0);
+  ++stage;
+  if (p.transposed) {
+    stage->items = TransposeFilterItems(arguments);
+    stage->cost = 100 + arguments.kept * taps * 32 / p.out_channels;
+    ++stage;
+  }
+  if (p.shared_planes) {
+    stage->items = p.groups * PackItems(p);
+    stage->cost = 100 + fill * kLanes;
+    ++stage;
+    stage->items = p.groups * p.splits;
+    stage->cost = 100 + (sums + empty) / p.splits;
+    ++stage;
+  } else {
+    stage->items = p.groups;
+    stage->cost = 100 + fill * p.channels + sums + empty;
+    ++stage;
+  }
+  plan->num_stages = static_cast<int32_t>(stage - plan->stages);
+
+  plan->shared_bytes = (p.transposed ? TransposedTableBytes(arguments) : 0) + TableBytes(p) +
+                       (p.shared_planes ? p.groups * group_bytes : 0);
+  plan->scratch_bytes =
+      PieceBytes(RoundUp(Min(p.out_channels, Together(p)), kLanes) * p.tile_stride, 4) +
+      PieceBytes(p.channels, 4) + (p.shared_planes ? 0 : PlanesSize(p, false) * 4);
+  if (plan->scratch_bytes > kScratchLimit) return 0;
+  SaveParameters(p, plan);
+  return 1;
+}
+
+void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_t begin,
+         int64_t end, void* shared, void* scratch, const float* source) {
+  Work work;
+  work.p = LoadParameters<Parameters>(plan);
+  work.output = arguments.output;
+  const Parameters& p = work.p;
+  FindKind(p.kernel_height, p.kernel_width, &work.kind);
+  Arena shared_arena = {static_cast<char*>(shared)};
+  Arena scratch_arena = {static_cast<char*>(scratch)};
+
+  work.table.row_splits = arguments.row_splits;
+  work.table.channels = arguments.input_channels;
+  work.table.filter = arguments.filter;
+  TransposedTable transposed = {};
+  if (p.transposed) {
+    transposed = PlaceTransposedTable(arguments, &shared_arena);
+    work.table.row_splits = transposed.row_splits;
+    work.table.channels = transposed.channels;
+    work.table.filter = transposed.filter;
+  }
+  work.table.starts = shared_arena.Take<int32_t>((p.parts + 1) * p.out_channels);
+  work.table.order = shared_arena.Take<int32_t>(p.parts * p.out_channels);
+  float* shared_planes = reinterpret_cast<float*>(shared_arena.at) + p.lead;
+  if (stage == 0) {
+    if (p.transposed) TransposeTable(arguments, transposed);
+    CutTable(p, work.table);
+    return;
+  }
+  --stage;
+  if (p.transposed && stage-- == 0) {
+    const int64_t last_tap = p.kernel_height * p.kernel_width - 1;
+    TransposeFilter(arguments, transposed, begin, end,
+                    [last_tap](int64_t t) { return last_tap - t; });
+    return;
+  }
+
+  const int64_t together = Together(p);
+  work.sums =
+      scratch_arena.Take<float>(RoundUp(Min(p.out_channels, together), kLanes) * p.tile_stride);
+  work.zeros = scratch_arena.Take<float>(p.channels);
+  memset(work.zeros, 0, p.channels * 4);
+  float* own_planes = reinterpret_cast<float*>(scratch_arena.at) + p.lead;
+  const int64_t group_size = PlanesSize(p, true);
+  int64_t group = -1;  // Of work.regions.
+  if (p.shared_planes && stage == 0) {
+    const int64_t blocks = PackItems(p);
+    for (int64_t item = begin; item < end; ++item) {
+      if (item / blocks != group) {
+        group = item / blocks;
+        FindRegions(p, group, source, &work.regions);
+      }
+      const int64_t first = item % blocks * kLanes;
+      const int64_t last = item % blocks == blocks - 1 ? p.channels : first + kLanes;
+      PackPlanes(p, work.regions, first, last, work.zeros,
+                 shared_planes + group * group_size + first * p.plane_size);
+    }
+    return;
+  }
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t split = item % p.splits;
+    if (item / p.splits != group) {
+      group = item / p.splits;
+      FindRegions(p, group, source, &work.regions);
+    }
+    const int64_t last_channel = SplitChannel(p, split + 1);
+    for (int64_t part = 0; part < p.parts; ++part) {
+      const int64_t channel = PartChannel(p, part);
+      const float* planes = own_planes;
+      if (p.shared_planes) {
+        planes = shared_planes + group * group_size + channel * p.plane_size;
+      } else {
+        PackPlanes(p, work.regions, channel, PartChannel(p, part + 1), work.zeros, own_planes);
+      }
+      for (int64_t o = SplitChannel(p, split); o < last_channel; o += together) {
+        ComputePart(work, part, o, Min(last_channel, o + together), planes);
+      }
+    }
+  }
+}
+
+// Swaps rows and columns where the kernel has one column: a kernel of one row remains.
+void PreferWide(Parameters* p) {
+  if (p->kernel_width != 1) return;
+  const auto swap = [](int64_t* a, int64_t* b) {
+    const int64_t value = *a;
+    *a = *b;
+    *b = value;
+  };
+  swap(&p->height, &p->width);
+  swap(&p->source_row, &p->source_column);
+  swap(&p->rows, &p->columns);
+  swap(&p->result_row, &p->result_column);
+  swap(&p->kernel_height, &p->kernel_width);
+  swap(&p->pad_top, &p->pad_left);
+}
+
+// Sizes of a pass with stride 1 from [height, width, channels] to [rows, columns, out_channels].
+Parameters Pass(const KsGeometry& geometry, int64_t height, int64_t width, int64_t channels,
+                int64_t rows, int64_t columns, int64_t out_channels) {
+  Parameters p = {};
+  p.batch = geometry.batch;
+  p.height = height;
+  p.width = width;
+  p.channels = channels;
+  p.rows = rows;
+  p.columns = columns;
+  p.out_channels = out_channels;
+  if (IsPointwise(geometry)) {  // One row of pixels.
+    p.width = p.columns = p.batch * p.height * p.width;
+    p.batch = p.height = p.rows = 1;
+  }
+  p.source_row = p.width * channels;
+  p.source_column = channels;
+  p.result_row = p.columns * out_channels;
+  p.result_column = out_channels;
+  p.kernel_height = geometry.kernel_height;
+  p.kernel_width = geometry.kernel_width;
+  return p;
+}
+
+bool Takes(const KsGeometry& geometry) {
+  return geometry.stride_height == 1 && geometry.stride_width == 1 &&
+         geometry.dilation_height == 1 && geometry.dilation_width == 1 &&
+         Max(geometry.kernel_height, geometry.kernel_width) <= 7 &&
+         (Max(geometry.kernel_height, geometry.kernel_width) > 1 || IsPointwise(geometry));
+}
+
+}  // namespace
+
+int ConnectionConv2DRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
+  const KsGeometry& geometry = arguments->geometry;
+  if (!Takes(geometry)) return 0;
+  Parameters p = Pass(geometry, geometry.in_height, geometry.in_width, geometry.in_channels,
+                      geometry.out_height, geometry.out_width, geometry.out_channels);
+  p.pad_top = geometry.pad_top;
+  p.pad_left = geometry.pad_left;
+  PreferWide(&p);
+  return Plan(*arguments, p, plan);
+}
+
+void ConnectionConv2DRegionsRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
+                                int64_t begin, int64_t end, void* shared, void* scratch) {
+  Run(*arguments, plan, stage, begin, end, shared, scratch, arguments->input);
+}
+
+int ConnectionConv2DBackpropInputRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
+  const KsGeometry& geometry = arguments->geometry;
+  if (!Takes(geometry)) return 0;
+  Parameters p = Pass(geometry, geometry.out_height, geometry.out_width, geometry.out_channels,
+                      geometry.in_height, geometry.in_width, geometry.in_channels);
+  p.transposed = 1;
+  p.pad_top = geometry.kernel_height - 1 - geometry.pad_top;
+  p.pad_left = geometry.kernel_width - 1 - geometry.pad_left;
+  PreferWide(&p);
+  return Plan(*arguments, p, plan);
+}
+
+void ConnectionConv2DBackpropInputRegionsRun(const KsArguments* arguments, const KsPlan* plan,
+                                             int32_t stage, int64_t begin, int64_t end,
+                                             void* shared, void* scratch) {
+  Run(*arguments, plan, stage, begin, end, shared, scratch, arguments->out_backprop);
+}
+
+}  // namespace KS_ISA
+}  // namespace ks
