@@ -346,6 +346,37 @@ TEST(Routines, FilterGradientRegions) {
   CheckAll(cases);
 }
 
+// Regions that do and do not divide the images, lanes without a region, several parts of the input
+// channels, and every way a kernel can reach over an edge.
+TEST(Routines, Regions) {
+  std::vector<Case> cases;
+  for (int64_t batch : {1, 3, 17}) {
+    for (int64_t size : {4, 7, 13}) {
+      Case c = Same({batch, size, size + 1, 20, 19, 3, 3});
+      cases.push_back(c);
+      c.pad_top = c.pad_left = 2;
+      c.pad_bottom = c.pad_right = 0;
+      cases.push_back(c);
+      cases.push_back(Same({batch, size, size, 33, 16, 5, 5}));
+      cases.push_back(Same({batch, size, size + 1, 16, 33, 1, 7}));
+      cases.push_back(Same({batch, size, size + 1, 16, 33, 7, 1}));
+      cases.push_back(Same({batch, size, size + 1, 17, 16, 7, 7}));
+    }
+    for (double density : {0.02, 0.5}) {
+      Case c = Same({batch, 9, 6, 300, 37, 3, 3});
+      c.density = density;
+      cases.push_back(c);
+      c = {batch, 9, 6, 530, 35, 1, 1};
+      c.density = density;
+      cases.push_back(c);
+      c = Same({batch, 2, 3, 290, 300, 3, 3});
+      c.density = density;
+      cases.push_back(c);
+    }
+  }
+  CheckAll(cases);
+}
+
 TEST(Routines, ExplicitPaddings) {
   CheckAll({{2, 9, 10, 4, 5, 3, 3, 1, 1, 1, 1, 0, 3, 2, 1},
             {2, 9, 10, 4, 5, 3, 3, 2, 2, 1, 1, 5, 4, 7, 0},

@@ -77,8 +77,8 @@ template <int kRowsOfTaps, int kColumnsOfTaps, int kBlockRows, int kBlockColumns
 struct Kind {
   static constexpr int kTapRows = kRowsOfTaps, kTapColumns = kColumnsOfTaps;
   // Limits of a block. Beside its sums there are weights and one or two operands.
-  static constexpr int kFree = kRegisters - kTapRows * kTapColumns - (kRegisters == 32 ? 1 : 2);
-  static constexpr int kMaxSums = kFree < 24 ? kFree : 24;
+  static constexpr int kFree = kRegisters - kTapRows * kTapColumns - 2;
+  static constexpr int kMaxSums = kFree < 22 ? kFree : 22;
   static constexpr int kMaxRows = kBlockRows < kMaxSums ? kBlockRows : kMaxSums;
   static constexpr int kMaxColumns = kBlockColumns < kMaxSums ? kBlockColumns : kMaxSums;
 };
@@ -218,11 +218,9 @@ struct Regions {
   int64_t column_begin[kLanes], column_end[kLanes];
   int64_t result[kLanes];                 // offset of the first pixel of the result
   int64_t rows[kLanes], columns[kLanes];  // and how many of the region's are in it.
-  bool whole;                             // All of them, in every lane.
 };
 
 void FindRegions(const Parameters& p, int64_t group, const float* source, Regions* regions) {
-  regions->whole = true;
   for (int64_t l = 0; l < kLanes; ++l) {
     const int64_t region = group * kLanes + l;
     const int64_t column = region % p.regions_wide * p.region_columns;
@@ -241,11 +239,10 @@ void FindRegions(const Parameters& p, int64_t group, const float* source, Region
         image * p.rows * p.columns * p.out_channels + row * p.result_row + column * p.result_column;
     regions->rows[l] = used ? Min(p.region_rows, p.rows - row) : 0;
     regions->columns[l] = Min(p.region_columns, p.columns - column);
-    if (regions->rows[l] != p.region_rows || regions->columns[l] != p.region_columns) {
-      regions->whole = false;
-    }
   }
 }
+
+constexpr int64_t kPixelsAhead = 2;  // That are fetched while a pixel is packed.
 
 // Fills the planes of source channels [begin, end); `planes` is the plane of `begin`. `zeros` is as
 // long as a pixel.
@@ -282,7 +279,9 @@ void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int6
         Vec lanes[kLanes];
         KS_UNROLL
         for (int l = 0; l < kLanes; ++l) {
-          lanes[l] = Load(reinterpret_cast<const float*>(pixels[l]) + channel);
+          const float* pixel = reinterpret_cast<const float*>(pixels[l]) + channel;
+          lanes[l] = Load(pixel);
+          __builtin_prefetch(pixel + kPixelsAhead * p.source_column);
         }
         Transpose(lanes);
         float* plane = target + (channel - begin) * p.plane_size;
@@ -293,36 +292,56 @@ void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int6
   }
 }
 
-// Stores the sums of a block: those of result channel begin + i are at sums + i * stride.
+// Fetches where StoreBlock will store kLanes channels from `begin` on, while the sums are computed.
+void FetchBlock(const Parameters& p, const Regions& regions, int64_t first_row,
+                int64_t first_column, int64_t rows, int64_t columns, int64_t begin,
+                const float* output) {
+  for (int64_t r = first_row; r < first_row + rows; ++r) {
+    for (int64_t c = first_column; c < first_column + columns; ++c) {
+      const intptr_t target =
+          reinterpret_cast<intptr_t>(output) + 4 * (r * p.result_row + c * p.result_column + begin);
+      for (int l = 0; l < kLanes; ++l) {
+        __builtin_prefetch(reinterpret_cast<const void*>(target + 4 * regions.result[l]), 1);
+      }
+    }
+  }
+}
+
+// Stores the sums of a block of rows x columns pixels from (first_row, first_column) of the regions
+// on: those of result channel begin + i are at sums + i * stride. Pixels outside the images go to
+// `sink`, as long as a pixel.
 void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
                 int64_t first_column, int64_t rows, int64_t columns, int64_t begin, int64_t end,
-                const float* sums, int64_t stride, float* output) {
+                const float* sums, int64_t stride, float* sink, float* output) {
+  const intptr_t sink_address = reinterpret_cast<intptr_t>(sink);
   for (int64_t r = first_row; r < first_row + rows; ++r) {
     for (int64_t c = first_column; c < first_column + columns; ++c, sums += kLanes) {
-      float* target = output + r * p.result_row + c * p.result_column;
-      for (int64_t channel = begin; channel < end; channel += kLanes) {
+      const intptr_t target =
+          reinterpret_cast<intptr_t>(output) + 4 * (r * p.result_row + c * p.result_column);
+      intptr_t pixels[kLanes];
+      for (int l = 0; l < kLanes; ++l) {
+        const bool inside = r < regions.rows[l] && c < regions.columns[l];
+        pixels[l] = inside ? target + 4 * regions.result[l] : sink_address;
+      }
+      const float* from = sums;
+      for (int64_t channel = begin; channel < end; channel += kLanes, from += kLanes * stride) {
         Vec lanes[kLanes];
         KS_UNROLL
-        for (int l = 0; l < kLanes; ++l) {
-          lanes[l] = Load(sums + (channel - begin + l) * stride);
-        }
+        for (int l = 0; l < kLanes; ++l) lanes[l] = Load(from + l * stride);
         Transpose(lanes);
-        const int64_t count = end - channel;
-        if (regions.whole && count >= kLanes) {
+        if (end - channel >= kLanes) {
           KS_UNROLL
           for (int l = 0; l < kLanes; ++l) {
-            Store(target + regions.result[l] + channel, lanes[l]);
+            Store(reinterpret_cast<float*>(pixels[l]) + channel, lanes[l]);
           }
           continue;
         }
+        float buffer[kLanes][kLanes];
         KS_UNROLL
+        for (int l = 0; l < kLanes; ++l) Store(buffer[l], lanes[l]);
         for (int l = 0; l < kLanes; ++l) {
-          if (r >= regions.rows[l] || c >= regions.columns[l]) continue;
-          if (count >= kLanes) {
-            Store(target + regions.result[l] + channel, lanes[l]);
-          } else {
-            StoreFirst(target + regions.result[l] + channel, lanes[l], count);
-          }
+          float* pixel = reinterpret_cast<float*>(pixels[l]) + channel;
+          for (int64_t i = 0; i < end - channel; ++i) pixel[i] = buffer[l][i];
         }
       }
     }
@@ -421,6 +440,7 @@ struct Work {
   Regions regions;
   float* sums;   // [channels computed together][tile_stride]
   float* zeros;  // [channels of the source]
+  float* sink;   // [channels of the result]
   float* output;
 };
 
@@ -452,6 +472,7 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
       block.column_end = Min(columns + p.kernel_width - 1, p.plane_columns - window_column);
       block.planes = planes + window_row * block.row_step + window_column * kLanes;
       const BlockFunction function = work.kind.find(rows, columns);
+      if (p.parts == 1) FetchBlock(p, work.regions, row, column, rows, columns, begin, work.output);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t o = order[k];
         block.channels = work.table.channels + starts[o];
@@ -462,7 +483,7 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
       }
       if (part == p.parts - 1) {
         StoreBlock(p, work.regions, row, column, rows, columns, begin, end, sums, p.tile_stride,
-                   work.output);
+                   work.sink, work.output);
       }
       if (p.parts > 1) sums += rows * columns * kLanes;
     }
@@ -471,10 +492,8 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
 
 // --- Plan ----------------------------------------------------------------------------------------
 
-constexpr int64_t kPlanesBudget = 640 * 1024;  // Of bytes in the L2 cache, for planes.
-constexpr int64_t kL2Budget = 960 * 1024;      // For all.
-constexpr int64_t kMaxRegion = 20;             // Rows, columns of a region.
-constexpr int64_t kSharedGroups = 8;           // With fewer groups, threads share their planes.
+constexpr int64_t kMaxRegion = 20;    // Rows, columns of a region.
+constexpr int64_t kSharedGroups = 8;  // With fewer groups, threads share their planes.
 
 struct Axis {
   int64_t size, source, kernel, pad;
@@ -516,6 +535,16 @@ int64_t CandidateCuts(const Axis& axis, Cut* cuts) {
   return count;
 }
 
+// Cycles to load a vector in random order: out of `near` bytes that are used for a while, of `far`
+// in all. The steps are those from the L1 to the L2 cache and beyond.
+double LoadCost(double near, double far) {
+  const auto between = [](double bytes, double begin, double end) {
+    const double share = (bytes / 1024 - begin) / (end - begin);
+    return share < 0 ? 0.0 : share > 1 ? 1.0 : share;
+  };
+  return 0.55 + between(near, 32, 72) * 1.05 + between(far, 300, 1280) * 1.8;
+}
+
 KS_INLINE double Larger(double a, double b) { return a > b ? a : b; }
 
 // Chooses the regions, blocks and parts. Costs are clock cycles, roughly.
@@ -527,7 +556,7 @@ void ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
   const int64_t num_columns = CandidateCuts(wide, columns);
   const double taps = static_cast<double>(p->kernel_height * p->kernel_width);
   const double passes = static_cast<double>(p->kernel_height) / static_cast<double>(kind.tap_rows);
-  const int64_t most_parts = Max(1, Min(8, CeilDiv(p->channels, kLanes) / 2));
+  const int64_t most_parts = Max(1, Min(32, CeilDiv(p->channels, kLanes) / 2));
   double best = 0;
   for (int64_t y = 0; y < num_rows; ++y) {
     for (int64_t x = 0; x < num_columns; ++x) {
@@ -536,7 +565,11 @@ void ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
       const int64_t groups = CeilDiv(p->batch * row.regions * column.regions, kLanes);
       const int64_t plane = row.plane * column.plane;
       const double pixels = static_cast<double>(row.region * column.region);
-      const double fill = 5.0 * static_cast<double>(plane * p->channels);
+      // Planes that wait in shared memory leave the L2 cache.
+      const double lines = static_cast<double>(plane * p->channels);
+      const bool wait =
+          groups < kSharedGroups && lines * static_cast<double>(groups * kLanes * 4) > 512.0 * 1024;
+      const double fill = (wait ? 9.0 : 5.0) * lines;
       const double empty = 6.0 * pixels * static_cast<double>(p->out_channels);
       if (best > 0 && (fill + empty) * static_cast<double>(groups) >= best) continue;
       const int64_t least = CeilDiv(column.region, kind.max_columns);
@@ -556,16 +589,18 @@ void ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
         const double chain = blocks * (taps * 4 * pixels / blocks / kSumsInFlight);
         const double weights = blocks * taps * 0.5;
         for (int64_t parts = 1; parts <= most_parts; parts *= 2) {
-          const int64_t planes_bytes = plane * kLanes * 4 * CeilDiv(p->channels, parts);
-          const int64_t sums_bytes =
-              parts == 1 ? 0 : row.region * column.region * kLanes * 4 * p->out_channels;
-          const double far = planes_bytes > kPlanesBudget            ? 2.5
-                             : planes_bytes + sums_bytes > kL2Budget ? 1.5
-                                                                     : 1.0;
-          const double connection =
-              Larger(Larger(multiply, chain), loads * 1.1 * far + weights * 0.3) + weights * 0.3 +
-              blocks * 2;
-          const double call = blocks * 25 + pixels * 0.5 + (parts > 1 ? pixels * 1.5 * far : 0.0);
+          const double part_bytes =
+              static_cast<double>(plane * kLanes * 4 * CeilDiv(p->channels, parts));
+          const double sums_bytes =
+              parts == 1 ? 0 : pixels * static_cast<double>(kLanes * 4 * p->out_channels);
+          const double block_bytes = part_bytes / static_cast<double>(plane) *
+                                     (block_rows + static_cast<double>(p->kernel_height - 1)) *
+                                     (block_width + static_cast<double>(p->kernel_width - 1));
+          const double load = LoadCost(block_bytes, part_bytes);
+          const double connection = Larger(Larger(multiply, chain), loads * load + weights * 0.3) +
+                                    weights * 0.3 + blocks * 2;
+          const double call = blocks * 75 + pixels * 0.5 +
+                              (parts > 1 ? pixels * 1.5 * LoadCost(sums_bytes, sums_bytes) : 0.0);
           const double cost =
               static_cast<double>(groups) * (static_cast<double>(kept) * connection + fill + empty +
                                              static_cast<double>(p->out_channels * parts) * call);
@@ -658,7 +693,8 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
                        (p.shared_planes ? p.groups * group_bytes : 0);
   plan->scratch_bytes =
       PieceBytes(RoundUp(Min(p.out_channels, Together(p)), kLanes) * p.tile_stride, 4) +
-      PieceBytes(p.channels, 4) + (p.shared_planes ? 0 : PlanesSize(p, false) * 4);
+      PieceBytes(p.channels, 4) + PieceBytes(p.out_channels, 4) +
+      (p.shared_planes ? 0 : PlanesSize(p, false) * 4);
   if (plan->scratch_bytes > kScratchLimit) return 0;
   SaveParameters(p, plan);
   return 1;
@@ -704,6 +740,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   work.sums =
       scratch_arena.Take<float>(RoundUp(Min(p.out_channels, together), kLanes) * p.tile_stride);
   work.zeros = scratch_arena.Take<float>(p.channels);
+  work.sink = scratch_arena.Take<float>(p.out_channels);
   memset(work.zeros, 0, p.channels * 4);
   float* own_planes = reinterpret_cast<float*>(scratch_arena.at) + p.lead;
   const int64_t group_size = PlanesSize(p, true);
@@ -746,7 +783,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
 
 // Swaps rows and columns where the kernel has one column: a kernel of one row remains.
 void PreferWide(Parameters* p) {
-  if (p->kernel_width != 1) return;
+  if (p->kernel_width != 1 || p->kernel_height == 1) return;
   const auto swap = [](int64_t* a, int64_t* b) {
     const int64_t value = *a;
     *a = *b;
