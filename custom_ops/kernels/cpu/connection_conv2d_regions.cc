@@ -73,9 +73,12 @@ struct Block {
 typedef void (*BlockFunction)(const Block&);
 
 // A kind of kernel: its width and how many rows of its taps are in registers at a time.
-template <int kRowsOfTaps, int kColumnsOfTaps, int kBlockRows, int kBlockColumns>
+template <int kRowsOfTaps, int kColumnsOfTaps, int kBlockRows, int kBlockColumns,
+          bool kFetch = false>
 struct Kind {
   static constexpr int kTapRows = kRowsOfTaps, kTapColumns = kColumnsOfTaps;
+  // Whether to fetch the next connection's window: it pays where blocks are few and wide.
+  static constexpr bool kFetchNext = kFetch;
   // Limits of a block. Beside its sums there are weights and one or two operands.
   static constexpr int kFree = kRegisters - kTapRows * kTapColumns - 2;
   static constexpr int kMaxSums = kFree < 22 ? kFree : 22;
@@ -90,7 +93,7 @@ typedef Kind<1, 3, 4, 8> ThreeByThree;
 typedef Kind<1, 1, 1, 16> OneWide;
 typedef Kind<1, 3, 4, 8> ThreeWide;
 typedef Kind<1, 5, 4, 8> FiveWide;
-typedef Kind<1, 7, 4, 9> SevenWide;
+typedef Kind<1, 7, 4, 9, true> SevenWide;
 
 // Enough separate sums to hide the latency of a multiply-add: small blocks keep several for a
 // pixel.
@@ -116,6 +119,8 @@ void SumBlock(const Block& block) {
   const int32_t* channel = block.channels;
   for (const int32_t* end = channel + block.connections; channel != end; ++channel) {
     const float* plane = block.planes + *channel * block.plane_size;
+    // The last connection fetches its own plane again.
+    const float* next_plane = block.planes + channel[channel + 1 != end] * block.plane_size;
     const int64_t tap_rows = kTapRows == 1 ? block.kernel_height : kTapRows;
     for (int64_t first = 0; first < tap_rows; first += kTapRows) {
       Vec weights[kTapRows][kTapColumns];
@@ -141,6 +146,7 @@ void SumBlock(const Block& block) {
             continue;
           }
           const Vec x = Load(row + p * kLanes);
+          if (K::kFetchNext) __builtin_prefetch(next_plane + (row - plane) + p * kLanes);
           KS_UNROLL
           for (int i = 0; i < kTapRows; ++i) {
             KS_UNROLL
@@ -435,7 +441,8 @@ void CutTable(const Parameters& p, const Table& table) {
 
 struct Work {
   Parameters p;
-  KindTraits kind;
+  // Of a block with the least rows (columns) that a region's blocks have, or one more.
+  BlockFunction functions[2][2];
   Table table;
   Regions regions;
   float* sums;   // [channels computed together][tile_stride]
@@ -471,7 +478,8 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
       block.column_begin = Max(0, -window_column);
       block.column_end = Min(columns + p.kernel_width - 1, p.plane_columns - window_column);
       block.planes = planes + window_row * block.row_step + window_column * kLanes;
-      const BlockFunction function = work.kind.find(rows, columns);
+      const BlockFunction function = work.functions[rows - p.region_rows / p.blocks_high]
+                                                   [columns - p.region_columns / p.blocks_wide];
       if (p.parts == 1) FetchBlock(p, work.regions, row, column, rows, columns, begin, work.output);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t o = order[k];
@@ -571,7 +579,9 @@ void ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
           groups < kSharedGroups && lines * static_cast<double>(groups * kLanes * 4) > 512.0 * 1024;
       const double fill = (wait ? 9.0 : 5.0) * lines;
       const double empty = 6.0 * pixels * static_cast<double>(p->out_channels);
-      if (best > 0 && (fill + empty) * static_cast<double>(groups) >= best) continue;
+      const double multiply = 0.5 * taps * pixels * row.inside * column.inside;
+      const double least_cost = fill + empty + static_cast<double>(kept) * multiply;
+      if (best > 0 && least_cost * static_cast<double>(groups) >= best) continue;
       const int64_t least = CeilDiv(column.region, kind.max_columns);
       for (int64_t blocks_wide = least; blocks_wide <= least + 2; ++blocks_wide) {
         if (blocks_wide > column.region) break;
@@ -583,7 +593,6 @@ void ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
             static_cast<double>(row.region) / static_cast<double>(blocks_high);
         const double block_width =
             static_cast<double>(column.region) / static_cast<double>(blocks_wide);
-        const double multiply = 0.5 * taps * pixels * row.inside * column.inside;
         const double loads = blocks * (block_rows + static_cast<double>(kind.tap_rows - 1)) *
                              (block_width + static_cast<double>(p->kernel_width - 1)) * passes;
         const double chain = blocks * (taps * 4 * pixels / blocks / kSumsInFlight);
@@ -706,7 +715,14 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   work.p = LoadParameters<Parameters>(plan);
   work.output = arguments.output;
   const Parameters& p = work.p;
-  FindKind(p.kernel_height, p.kernel_width, &work.kind);
+  KindTraits kind = {};
+  FindKind(p.kernel_height, p.kernel_width, &kind);
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      work.functions[i][j] =
+          kind.find(p.region_rows / p.blocks_high + i, p.region_columns / p.blocks_wide + j);
+    }
+  }
   Arena shared_arena = {static_cast<char*>(shared)};
   Arena scratch_arena = {static_cast<char*>(scratch)};
 
