@@ -70,6 +70,12 @@ class Cell:
             self.packed = packing.connection_table(self.kernel)
         else:
             self.packed = packing.thinned_filter(self.kernel)
+        # Made once, as the dense filter is: the copies of an op in one graph share them.
+        self.values = tf.Variable(self.packed.filter)
+        if routine == "connection":
+            self.table = (tf.constant(self.packed.row_splits), tf.constant(self.packed.input_channels))
+        else:
+            self.table = (tf.constant(self.packed.indices),)
         self.output_shape = tuple(self.dense_forward(tf.zeros(self.input_shape), self.kernel).shape)
         positions = math.prod(self.output_shape[:3])
         self.flops = 2 * positions * self.packed.filter.size
@@ -107,8 +113,6 @@ class Cell:
         return dx, dw
 
     def sparse_forward(self, x):
-        import tensorflow as tf
-
         import keras_sparse as ks
 
         options = {
@@ -116,28 +120,26 @@ class Cell:
             "padding": self.padding.lower(),
             "dilation_rate": tuple(self.dilations),
         }
-        values = tf.constant(self.packed.filter)
         if self.routine == "connection":
-            table = (tf.constant(self.packed.row_splits), tf.constant(self.packed.input_channels))
-            return ks.ops.connection_conv2d(x, values, *table, **options)
-        return ks.ops.thinned_conv2d(x, values, tf.constant(self.packed.indices), self.packed.kernel_size, **options)
+            return ks.ops.connection_conv2d(x, self.values, *self.table, **options)
+        return ks.ops.thinned_conv2d(x, self.values, *self.table, self.packed.kernel_size, **options)
 
     def sparse_backward(self, x, dy):
         import tensorflow as tf
 
         from keras_sparse.ops import library
 
-        raw, values, options = library.load(), tf.constant(self.packed.filter), self._sparse_options()
+        raw, table, options = library.load(), self.table, self._sparse_options()
         sizes = tf.constant(self.input_shape, "int32")
         kernel_size = list(self.kernel.shape[:2])
+        values = tf.convert_to_tensor(self.values)
         if self.routine == "connection":
-            table = (tf.constant(self.packed.row_splits), tf.constant(self.packed.input_channels))
             dx = raw.keras_sparse_connection_conv2d_backprop_input(sizes, values, *table, dy, **options)
             dw = raw.keras_sparse_connection_conv2d_backprop_filter(x, *table, dy, kernel_size=kernel_size, **options)
         else:
-            table, options = tf.constant(self.packed.indices), {**options, "kernel_size": kernel_size}
-            dx = raw.keras_sparse_thinned_conv2d_backprop_input(sizes, values, table, dy, **options)
-            dw = raw.keras_sparse_thinned_conv2d_backprop_filter(x, table, dy, **options)
+            options = {**options, "kernel_size": kernel_size}
+            dx = raw.keras_sparse_thinned_conv2d_backprop_input(sizes, values, *table, dy, **options)
+            dw = raw.keras_sparse_thinned_conv2d_backprop_filter(x, *table, dy, **options)
         return dx, dw
 
     def kept_gradient(self, dense_dw):
