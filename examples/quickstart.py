@@ -25,7 +25,7 @@ from keras_sparse.engine.timing import alternate  # noqa: E402
 BACKENDS = ("dense", "compact", "op")
 LATENCY_BATCH_SIZES = (1, 32)
 # dataset -> epochs before and while pruning; an epoch of digits takes seconds, one of CIFAR-10 minutes
-EPOCHS = {"digits": (8, 16), "mnist": (1, 2), "fashion_mnist": (1, 2), "cifar10": (2, 4)}
+EPOCHS = {"digits": (12, 24), "mnist": (1, 2), "fashion_mnist": (1, 2), "cifar10": (2, 4)}
 
 
 def load_digits():

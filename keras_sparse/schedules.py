@@ -208,7 +208,9 @@ class Doubling(Schedule):
 
     $$d_t = \min\left(d_f, d_i\,2^{\lfloor (t - t_0) / T \rfloor}\right), \quad s_t = 1 - d_t$$
 
-    with \(T\) = `frequency` (incremental training, Changpinyo et al., 2017, sections 3 and 5.3).
+    with \(T\) = `frequency` (incremental training, Changpinyo et al., 2017, sections 3 and 5.3). Which units come
+    next is the criterion's choice; the weights of pruned units are zero, so a magnitude tells nothing about them and
+    `criterion="random"` is the one to use.
 
     Args:
         initial_density: \(d_i\), density in (0, 1] at `begin_step`.

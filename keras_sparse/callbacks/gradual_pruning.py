@@ -112,8 +112,16 @@ class GradualPruning(keras.callbacks.Callback):
         step = self._optimizer_step()
         self._check_reachable(epoch, step)
         self._attach()
+        before = self._sparsity
         self.update(step)
         self._checked_steps = True
+        if self.schedule.begin_step < self.schedule.final_step < step and self._sparsity != before:
+            warnings.warn(
+                f"The schedule's last update, at step {self.schedule.final_step}, lies before the optimizer's step "
+                f"{step}: the sparsity went from {before:.4f} to {self._sparsity:.4f} at once. Compile the model again "
+                "to count from 0, or give the schedule later steps.",
+                stacklevel=2,
+            )
 
     def on_train_batch_end(self, batch, logs=None):
         self.update(self._optimizer_step())
@@ -127,9 +135,17 @@ class GradualPruning(keras.callbacks.Callback):
             logs["sparsity"] = self._sparsity
 
     def on_train_end(self, logs=None):
-        step = self._optimizer_step()
+        step, reached = self._optimizer_step(), self._sparsity
+        self._measure()
         self.finish()
-        if step < self.schedule.final_step:
+        if self._sparsity != reached:
+            warnings.warn(
+                f"The model's sparsity is {self._sparsity:.4f} again, not {reached:.4f}: weights and masks of an "
+                "earlier epoch were restored. Let `EarlyStopping(restore_best_weights=True)` start from the epoch "
+                "in which the schedule ends (`start_from_epoch`).",
+                stacklevel=2,
+            )
+        elif step < self.schedule.final_step:
             warnings.warn(
                 f"Training ended at step {step}, before the schedule's last update at step "
                 f"{self.schedule.final_step}: the model's sparsity is {self._sparsity:.4f}, not "

@@ -998,3 +998,32 @@ def test_mirrored_strategy():
     """Two replicas; every copy of every kernel is sparse after every step."""
     finished = in_a_process(MIRRORED)
     assert finished.stdout.split() == ["SparseDense", "Dense"], finished.stderr
+
+
+def test_a_schedule_that_lies_behind_the_optimizer_warns(mlp, fit):
+    model = mlp("sparse")
+    fit(model, epochs=2)
+    with pytest.warns(UserWarning, match="last update, at step 10, lies before the optimizer's step 20"):
+        fit(model, GradualPruning(ks.schedules.PolynomialDecay(0.0, 0.5, 0, 10, frequency=5)), epochs=1)
+
+
+def test_a_resumed_run_past_the_schedule_does_not_warn(mlp, fit):
+    model = mlp("sparse")
+    schedule = ks.schedules.PolynomialDecay(0.0, 0.5, 0, 10, frequency=5)
+    fit(model, GradualPruning(schedule), epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(model, GradualPruning(schedule), epochs=1)
+
+
+def test_restoring_an_epoch_of_less_sparsity_warns(mlp, fit):
+    class RestoreFirstEpoch(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.weights = getattr(self, "weights", None) or self.model.get_weights()
+
+        def on_train_end(self, logs=None):
+            self.model.set_weights(self.weights)
+
+    pruning = GradualPruning(ks.schedules.PolynomialDecay(0.0, 0.75, 0, 20, frequency=5))
+    with pytest.warns(UserWarning, match="weights and masks of an earlier epoch were restored"):
+        fit(mlp("sparse"), RestoreFirstEpoch(), pruning, epochs=3)
