@@ -1,0 +1,57 @@
+"""Training, counting and saving on Keras's JAX backend; runs where JAX is installed."""
+
+import importlib.util
+
+import pytest
+
+TRAIN = """
+import os
+os.environ["KERAS_BACKEND"] = "jax"
+import sys
+import tempfile
+import keras
+import numpy as np
+import keras_sparse as ks
+
+assert "tensorflow" not in sys.modules
+generator = np.random.default_rng(0)
+x, y = generator.random((64, 8, 8, 3)), generator.random((64, 4))
+
+
+def network():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    features = keras.layers.Conv2D(8, 3, padding="same", name="conv")(inputs)
+    return keras.Model(inputs, keras.layers.Dense(4, name="dense")(keras.layers.Flatten()(features)))
+
+
+for model in (ks.sparsify(network()), network()):
+    model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse")
+    pruning = ks.callbacks.GradualPruning(ks.schedules.PolynomialDecay(0.0, 0.9, 2, 12, frequency=3))
+    history = model.fit(x, y, epochs=3, batch_size=8, callbacks=[pruning], verbose=0).history
+    assert [record["step"] for record in pruning.history] == [2, 5, 8, 11, 12]
+    for name in ("conv", "dense"):
+        kernel = np.asarray(model.get_layer(name).kernel)
+        assert abs((kernel == 0).mean() - 0.9) < 0.02, (name, (kernel == 0).mean())
+    assert history["loss"][-1] < history["loss"][0]
+    assert abs(ks.count(model)["total"]["sparsity"] - history["sparsity"][-1]) < 1e-6
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder + "/m.keras")
+        again = keras.models.load_model(folder + "/m.keras")
+    saved, kept = (np.asarray(m.get_layer("conv").kernel) for m in (again, model))
+    np.testing.assert_array_equal(saved, kept)
+
+for name in ("export", "load", "ops"):
+    try:
+        getattr(ks, name)
+    except AttributeError as error:
+        assert "needs the TensorFlow backend" in str(error)
+    else:
+        raise SystemExit(f"keras_sparse.{name} is there")
+print("trained")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
+def test_jax(run_python):
+    assert run_python(TRAIN).strip().endswith("trained")
