@@ -23,7 +23,7 @@ CXX_FILES = $(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.cu' 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env quickstart test test-slow lint format bazel tfmot-parity wheel sdist clean FORCE
+.PHONY: help env quickstart test test-slow lint format bazel sanitize tfmot-parity wheel sdist clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,12 @@ format: env ## put every source file into the project's style
 
 bazel: env ## build the op and run the C++ tests with Bazel, offline
 	PYTHON=$(BIN)/python bazel/run.sh
+
+sanitize: env ## run the C++ tests under the address and undefined-behaviour sanitizers (needs GoogleTest)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DKERAS_SPARSE_BUILD_OP=OFF \
+	  -DKERAS_SPARSE_BUILD_TESTS=ON -DKERAS_SPARSE_SANITIZE=address,undefined
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	build/sanitize/conv2d_test
 
 tfmot-parity: $(TFMOT_VENV)/.package ## compare with tensorflow-model-optimization, in .venv-tfmot
 	$(TFMOT_VENV)/bin/python -m pytest -m tfmot tests/tfmot_parity
