@@ -172,7 +172,7 @@ class InPlaceMask(MaskedWeight):
         self._variable.assign(ops.multiply(self._variable, ops.cast(self._mask, self._variable.dtype)))
 
 
-class _KeepPruned:
+class _KeepPruned(keras.constraints.Constraint):
     """Constraint that holds pruned weights at zero, whatever the user's own constraint makes of them.
 
     One for a variable, with a mask for each callback that prunes it.

@@ -54,26 +54,17 @@ class BaseSparse:
         super().build(input_shape)
         # Both act on the variable, which is the raw kernel; the user meant them for the kernel in use.
         if self.kernel_regularizer is not None:
-            self._kernel.regularizer = self._regularize_effective
+            self._kernel.regularizer = _EffectiveRegularizer(self.kernel_regularizer, self.mask)
         # Under JAX the optimizer's step is a pure function that is given no mask: there the masked entries of the raw
         # kernel may drift, unseen by `kernel` and by files, until `assign_mask` zeroes them.
         if keras.backend.backend() != "jax":
-            self._kernel.constraint = self._constrain_effective
+            self._kernel.constraint = _EffectiveConstraint(self.kernel_constraint, self.mask)
 
     def _initial_mask(self, shape, dtype=None):
         mask = self.mask_initializer(shape, dtype=dtype)
         with contextlib.suppress(NotImplementedError):  # in a layer built within a tf.function
             _check_binary("mask_initializer", mask)
         return mask
-
-    def _regularize_effective(self, raw_kernel):
-        return self.kernel_regularizer(raw_kernel * self.mask)
-
-    def _constrain_effective(self, raw_kernel):
-        kernel = raw_kernel * self.mask
-        if self.kernel_constraint is None:
-            return kernel
-        return self.kernel_constraint(kernel) * self.mask
 
     @property
     def kernel(self):
@@ -130,6 +121,29 @@ class BaseSparse:
         config["granularity"] = granularities.serialize(self.granularity)
         config["mask_initializer"] = keras.initializers.serialize(self.mask_initializer)
         return config
+
+
+class _EffectiveRegularizer(keras.regularizers.Regularizer):
+    """Shows the user's regularizer the effective kernel in place of the raw one."""
+
+    def __init__(self, regularizer, mask):
+        self.regularizer = regularizer
+        self.mask = mask
+
+    def __call__(self, raw_kernel):
+        return self.regularizer(raw_kernel * self.mask)
+
+
+class _EffectiveConstraint(keras.constraints.Constraint):
+    """Zeroes the masked weights, and shows the user's constraint, if there is one, what is left."""
+
+    def __init__(self, constraint, mask):
+        self.constraint = constraint
+        self.mask = mask
+
+    def __call__(self, raw_kernel):
+        kernel = raw_kernel * self.mask
+        return kernel if self.constraint is None else self.constraint(kernel) * self.mask
 
 
 def _check_binary(argument, mask):

@@ -53,6 +53,9 @@ def transform(model, exchange, inference=False):
     copies, transfers = {}, []
 
     def clone(layer):
+        if is_graph(layer):
+            # By hand: `recursive=True` goes one level deep in older Keras 3.
+            return keras.models.clone_model(layer, clone_function=clone, cache=copies)
         exchanged = exchange(layer)
         if exchanged is None:
             copy, transfer = _copy_layer(layer), _copy_state
@@ -63,9 +66,7 @@ def transform(model, exchange, inference=False):
 
     with _uncompiled(model):
         # One cache over all recursion levels keeps layers shared between nested models shared.
-        result = keras.models.clone_model(
-            model, _input_tensors(model), clone_function=clone, recursive=True, cache=copies
-        )
+        result = keras.models.clone_model(model, _input_tensors(model), clone_function=clone, cache=copies)
     if not result.built:
         result.build(model.input_shape)
     for old, new, transfer in transfers:

@@ -138,14 +138,20 @@ def test_mask_initializer_must_be_binary(built):
 # Regularizers and constraints
 
 
-def cube(kernel):
-    return keras.ops.sum(keras.ops.abs(kernel) ** 3)
+class Cube(keras.regularizers.Regularizer):
+    def __call__(self, kernel):
+        return keras.ops.sum(keras.ops.abs(kernel) ** 3)
+
+
+class PlusOne(keras.constraints.Constraint):
+    def __call__(self, kernel):
+        return kernel + 1.0
 
 
 @pytest.mark.parametrize(
     "regularizer",
-    [keras.regularizers.L1(0.1), keras.regularizers.L2(0.1), keras.regularizers.L1L2(0.1, 0.2), cube],
-    ids=["l1", "l2", "l1l2", "callable"],
+    [keras.regularizers.L1(0.1), keras.regularizers.L2(0.1), keras.regularizers.L1L2(0.1, 0.2), Cube()],
+    ids=["l1", "l2", "l1l2", "own"],
 )
 def test_regularizer_sees_the_effective_kernel(built, regularizer, random_mask):
     layer = built(kernel_regularizer=regularizer)
@@ -171,7 +177,7 @@ CONSTRAINTS = {
         lambda k, norm: k * np.clip(norm, 0.2, 0.3) / norm,
     ),
     # Would bring pruned weights back.
-    "callable": (lambda axis: lambda k: k + 1.0, lambda k, norm: k + 1),
+    "own": (lambda axis: PlusOne(), lambda k, norm: k + 1),
 }
 
 
@@ -218,6 +224,14 @@ def sparse_network(random_mask, sparsity=0.5, **options):
     return model
 
 
+class Projection(keras.constraints.Constraint):
+    def __init__(self, mask):
+        self.mask = mask
+
+    def __call__(self, kernel):
+        return kernel * self.mask
+
+
 def projected_network(sparse):
     """A plain Keras network whose constraint projects onto the mask: what training must amount to."""
     model = network(keras.layers.Conv2D, keras.layers.Dense)
@@ -225,7 +239,7 @@ def projected_network(sparse):
         mask = np.asarray(sparse.get_layer(name).mask)
         layer = model.get_layer(name)
         layer.kernel.assign(layer.kernel * mask)
-        layer.kernel.constraint = lambda kernel, mask=mask: kernel * mask
+        layer.kernel.constraint = Projection(mask)
     return model
 
 

@@ -180,11 +180,14 @@ def test_default_data_format_is_that_of_the_configuration():
 def test_wrong_arguments_raise_what_conv2d_raises(options, shape):
     errors = []
     for cls in (keras.layers.Conv2D, ks.layers.SparseConv2D):
-        with pytest.raises(Exception) as caught:
+        try:
             cls(**{"filters": 4, "kernel_size": 3, **options}).build(shape)
-        message = str(caught.value).replace("SparseConv2D", "Conv2D").replace("sparse_", "")
-        errors.append((caught.type, message))
-    assert errors[0] == errors[1]
+        except Exception as error:
+            message = str(error).replace("SparseConv2D", "Conv2D").replace("sparse_", "")
+            errors.append((type(error), message))
+    if not errors:
+        pytest.skip("this Keras takes it")
+    assert len(errors) == 2 and errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 9), (2, 7, 9, 5), (2, 2, 2, 4)], ids=str)

@@ -88,10 +88,13 @@ def test_other_arguments(options, assert_twins):
 def test_wrong_arguments_raise_what_dense_raises(options):
     errors = []
     for cls in (keras.layers.Dense, ks.layers.SparseDense):
-        with pytest.raises(Exception) as caught:
+        try:
             cls(**{"units": 4, **options})
-        errors.append((caught.type, str(caught.value)))
-    assert errors[0] == errors[1]
+        except Exception as error:
+            errors.append((type(error), str(error)))
+    if not errors:
+        pytest.skip("this Keras takes it")
+    assert len(errors) == 2 and errors[0] == errors[1]
 
 
 def test_unknown_size_raises_what_dense_raises():
