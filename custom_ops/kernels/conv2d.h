@@ -11,12 +11,19 @@
 //                      index = (i * kernel_width + j) * in_channels + s for tap (i, j) and input
 //                      channel s; `filter` is [kept, out_channels].
 //
+// The forward operations finish in the same pass with
+//
+//   output = activation(convolution + bias + residual)
+//
 // A caller fills KsArguments, asks ks_select() for a routine and its plan, provides the memory the
 // plan asks for, and runs the stages of the plan one after another:
 //
 //   for stage in 0 .. plan.num_stages - 1:
 //     for any partition of [0, plan.stages[stage].items) into ranges, on any threads:
-//       routine->run(&arguments, &plan, stage, begin, end, shared, scratch of this thread)
+//       routine->run(&arguments, &plan, stage, begin, end, &memory with scratch of this thread)
+//
+// Stages that only prepare the table or the filter say so, and come first. A caller that keeps
+// their blocks leaves such stages out while the plan and the values they read are the same.
 //
 // The result does not depend on the partition, bit for bit: a routine fixes how the work is cut in
 // its plan, which knows nothing of threads.
@@ -56,6 +63,8 @@ typedef enum KsOperation {
   KS_NUM_OPERATIONS = 6
 } KsOperation;
 
+typedef enum KsActivation { KS_LINEAR = 0, KS_RELU = 1, KS_RELU6 = 2 } KsActivation;
+
 // All memory is the caller's; float pointers are aligned to 4 bytes or better. A pointer that the
 // operation does not use is null. Which pointers an operation reads, and what it writes:
 //
@@ -76,6 +85,10 @@ typedef struct KsArguments {
   const float* filter;
   const float* out_backprop;
   float* output;
+  // Forward operations only; the others want null, null, KS_LINEAR.
+  const float* bias;      // [out_channels], or null for none.
+  const float* residual;  // Shaped as the output, or null for none.
+  KsActivation activation;
 } KsArguments;
 
 enum { KS_MAX_STAGES = 4, KS_PLAN_PARAMETERS = 64 };
@@ -83,9 +96,16 @@ enum { KS_MAX_STAGES = 4, KS_PLAN_PARAMETERS = 64 };
 typedef struct KsStage {
   int64_t items;  // Independent pieces of work.
   int64_t cost;   // Of one item, in clock cycles, roughly; never 0.
+  // What the stage reads and writes: KS_PREPARES_TABLE reads the table alone and writes
+  // memory.table alone; KS_PREPARES_FILTER reads these and the filter and writes memory.filter
+  // alone.
+  int64_t prepares;
 } KsStage;
+enum { KS_PREPARES_NOTHING = 0, KS_PREPARES_TABLE = 1, KS_PREPARES_FILTER = 2 };
 
 typedef struct KsPlan {
+  int64_t table_bytes;    // One block, written by stages that prepare the table.
+  int64_t filter_bytes;   // One block, written by stages that prepare the filter.
   int64_t shared_bytes;   // One block for the whole call, kept from stage to stage.
   int64_t scratch_bytes;  // One block for each thread; nothing is kept between two run() calls.
   int32_t num_stages;
@@ -93,8 +113,15 @@ typedef struct KsPlan {
   int64_t parameters[KS_PLAN_PARAMETERS];  // The routine's own: tile sizes and the like.
 } KsPlan;
 
-// Alignment of the shared and the scratch block, which arrive uninitialised.
-enum { KS_ALIGNMENT = 64 };
+// The blocks a plan asks for, each of its number of bytes; they arrive uninitialised and belong to
+// the caller.
+typedef struct KsMemory {
+  void* table;
+  void* filter;
+  void* shared;
+  void* scratch;
+} KsMemory;
+enum { KS_ALIGNMENT = 64 };  // Of each block, bytes.
 
 typedef struct KsRoutine {
   KsOperation operation;
@@ -104,7 +131,7 @@ typedef struct KsRoutine {
   // next routine in the list is then asked). Reads sizes and the table, never tensor values.
   int (*plan)(const KsArguments* arguments, KsPlan* plan);
   void (*run)(const KsArguments* arguments, const KsPlan* plan, int32_t stage, int64_t begin,
-              int64_t end, void* shared, void* scratch);
+              int64_t end, const KsMemory* memory);
 } KsRoutine;
 
 typedef enum KsStatus {

@@ -119,8 +119,8 @@ int Plan(const KsArguments* arguments, KsPlan* plan) {
   return 1;
 }
 
-void Run(const KsArguments* arguments, const KsPlan*, int32_t, int64_t begin, int64_t end, void*,
-         void*) {
+void Run(const KsArguments* arguments, const KsPlan*, int32_t, int64_t begin, int64_t end,
+         const KsMemory*) {
   if (IsBackpropFilter(arguments->operation)) {
     BackpropFilter(*arguments, begin, end);
     return;

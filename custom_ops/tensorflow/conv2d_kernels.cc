@@ -3,14 +3,18 @@
 // The OpKernels: they check what the caller passes, allocate, and run the stages of a compute
 // routine on TensorFlow's thread pool.
 
+#include <string.h>
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "custom_ops/kernels/conv2d.h"
+#include "custom_ops/tensorflow/block_pool.h"
 #include "custom_ops/tensorflow/conv2d_attributes.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -21,7 +25,6 @@ namespace keras_sparse {
 namespace {
 
 using ::tensorflow::DEVICE_CPU;
-using ::tensorflow::DT_UINT8;
 using ::tensorflow::OpKernel;
 using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
@@ -37,13 +40,12 @@ constexpr int64_t kScratchOfAll = int64_t{2} << 30;  // Fewer threads work, rath
 class StageRun {
  public:
   StageRun(const KsArguments* arguments, const KsPlan* plan, const KsRoutine* routine,
-           int32_t stage, char* shared, char* scratch, int64_t scratch_stride)
+           int32_t stage, const KsMemory& memory, int64_t scratch_stride)
       : arguments_(arguments),
         plan_(plan),
         routine_(routine),
         stage_(stage),
-        shared_(shared),
-        scratch_(scratch),
+        memory_(memory),
         scratch_stride_(scratch_stride),
         items_(plan->stages[stage].items),
         chunk_(std::max<int64_t>(1, kChunkCycles / 4 / plan->stages[stage].cost)) {}
@@ -51,13 +53,17 @@ class StageRun {
   // Takes chunks until none is left. Called once by each worker.
   void Work() {
     int64_t done = 0;
-    char* scratch = nullptr;
+    KsMemory memory = memory_;
+    memory.scratch = nullptr;
     while (true) {
       const int64_t begin = next_.fetch_add(chunk_);
       if (begin >= items_) break;
-      if (scratch == nullptr) scratch = scratch_ + workers_.fetch_add(1) * scratch_stride_;
+      if (memory.scratch == nullptr) {
+        memory.scratch =
+            static_cast<char*>(memory_.scratch) + workers_.fetch_add(1) * scratch_stride_;
+      }
       const int64_t end = std::min(items_, begin + chunk_);
-      routine_->run(arguments_, plan_, stage_, begin, end, shared_, scratch);
+      routine_->run(arguments_, plan_, stage_, begin, end, &memory);
       done += end - begin;
     }
     if (done == 0) return;
@@ -77,8 +83,7 @@ class StageRun {
   const KsPlan* plan_;
   const KsRoutine* routine_;
   const int32_t stage_;
-  char* shared_;
-  char* scratch_;
+  const KsMemory memory_;  // Its scratch is a block for each worker, one after another.
   const int64_t scratch_stride_;
 
   const int64_t items_, chunk_;
@@ -96,55 +101,86 @@ int64_t StageWorkers(const KsStage& stage, int64_t threads) {
   return std::max<int64_t>(1, std::min({threads, stage.items, worth}));
 }
 
-absl::Status RunRoutine(OpKernelContext* context, const KsArguments& arguments) {
+// The plan for some arguments and what it prepared from their table. Never changed once it is
+// there.
+struct Prepared {
+  KsArguments arguments;  // Tensor values aside.
+  // Hold on to the table: while somebody does, TensorFlow neither writes to its memory nor gives it
+  // away, so that a table at the same place is the same table.
+  std::vector<Tensor> table;
   KsPlan plan;
-  const KsRoutine* routine = ks_select(&arguments, &plan);
-  const auto* workers = context->device()->tensorflow_cpu_worker_threads();
+  const KsRoutine* routine;
+  Block block;
+};
 
-  const int64_t scratch_stride =
-      (plan.scratch_bytes + KS_ALIGNMENT - 1) / KS_ALIGNMENT * KS_ALIGNMENT;
-  int64_t threads = workers->num_threads;
-  if (scratch_stride > 0) {
-    threads = std::max<int64_t>(1, std::min(threads, kScratchOfAll / scratch_stride));
-  }
-  int64_t most = 1;
-  for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
-    most = std::max(most, StageWorkers(plan.stages[stage], threads));
-  }
+bool SamePlan(const KsArguments& a, const KsArguments& b) {
+  return memcmp(&a.geometry, &b.geometry, sizeof(a.geometry)) == 0 && a.kept == b.kept &&
+         a.row_splits == b.row_splits && a.input_channels == b.input_channels &&
+         a.indices == b.indices && (a.bias == nullptr) == (b.bias == nullptr) &&
+         (a.residual == nullptr) == (b.residual == nullptr) && a.activation == b.activation;
+}
 
-  // The blocks are aligned by hand: an allocator promises less for small tensors on some devices.
-  Tensor shared, scratch;
-  const auto allocate = [&](int64_t bytes, Tensor* tensor, char** block) -> absl::Status {
-    const absl::Status status =
-        context->allocate_temp(DT_UINT8, TensorShape({bytes + KS_ALIGNMENT}), tensor);
-    if (!status.ok()) return status;
-    const uintptr_t address = reinterpret_cast<uintptr_t>(tensor->flat<uint8_t>().data());
-    *block = reinterpret_cast<char*>((address + KS_ALIGNMENT - 1) / KS_ALIGNMENT * KS_ALIGNMENT);
-    return absl::OkStatus();
-  };
-  char *shared_block, *scratch_block;
-  absl::Status status = allocate(plan.shared_bytes, &shared, &shared_block);
-  if (!status.ok()) return status;
-  status = allocate(scratch_stride * most, &scratch, &scratch_block);
-  if (!status.ok()) return status;
+// What was prepared from a filter, likewise.
+struct PackedFilter {
+  std::shared_ptr<const Prepared> prepared;
+  Tensor filter;
+  Block block;
+};
 
-  for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
-    const int64_t items = plan.stages[stage].items;
-    if (items == 0) continue;
-    const int64_t use = std::min(most, StageWorkers(plan.stages[stage], threads));
-    if (use == 1) {
-      routine->run(&arguments, &plan, stage, 0, items, shared_block, scratch_block);
-      continue;
+// Runs stages of a plan on the threads of a device.
+class StageRunner {
+ public:
+  StageRunner(OpKernelContext* context, const KsArguments& arguments, const KsPlan& plan,
+              const KsRoutine* routine)
+      : arguments_(arguments),
+        plan_(plan),
+        routine_(routine),
+        workers_(context->device()->tensorflow_cpu_worker_threads()),
+        scratch_stride_((plan.scratch_bytes + KS_ALIGNMENT - 1) / KS_ALIGNMENT * KS_ALIGNMENT),
+        threads_(workers_->num_threads) {
+    if (scratch_stride_ > 0) {
+      threads_ = std::max<int64_t>(1, std::min(threads_, kScratchOfAll / scratch_stride_));
     }
-    const auto run = std::make_shared<StageRun>(&arguments, &plan, routine, stage, shared_block,
-                                                scratch_block, scratch_stride);
-    for (int64_t worker = 1; worker < use; ++worker) {
-      workers->workers->Schedule([run] { run->Work(); });
+    for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
+      most_ = std::max(most_, StageWorkers(plan.stages[stage], threads_));
     }
-    run->Work();
-    run->Wait();
   }
-  return absl::OkStatus();
+
+  int64_t scratch_bytes() const { return scratch_stride_ * most_; }
+
+  // Runs the stages that prepare `what`. The scratch of `memory` has scratch_bytes().
+  void Run(int64_t what, const KsMemory& memory) const {
+    for (int32_t stage = 0; stage < plan_.num_stages; ++stage) {
+      const int64_t items = plan_.stages[stage].items;
+      if (items == 0 || plan_.stages[stage].prepares != what) continue;
+      const int64_t use = std::min(most_, StageWorkers(plan_.stages[stage], threads_));
+      if (use == 1) {
+        routine_->run(&arguments_, &plan_, stage, 0, items, &memory);
+        continue;
+      }
+      const auto run =
+          std::make_shared<StageRun>(&arguments_, &plan_, routine_, stage, memory, scratch_stride_);
+      for (int64_t worker = 1; worker < use; ++worker) {
+        workers_->workers->Schedule([run] { run->Work(); });
+      }
+      run->Work();
+      run->Wait();
+    }
+  }
+
+ private:
+  const KsArguments& arguments_;
+  const KsPlan& plan_;
+  const KsRoutine* const routine_;
+  const tensorflow::DeviceBase::CpuWorkerThreads* const workers_;
+  const int64_t scratch_stride_;
+  int64_t threads_;
+  int64_t most_ = 1;
+};
+
+absl::Status OutOfMemory(int64_t bytes) {
+  return absl::ResourceExhaustedError(
+      absl::StrCat("a sparse convolution needs ", bytes, " bytes of memory beside its tensors"));
 }
 
 absl::Status CheckRank(const Tensor& tensor, const char* name, int rank) {
@@ -242,9 +278,16 @@ class Conv2DOp : public OpKernel {
       if (!status.ok()) return status;
     }
 
-    int64_t position;
-    const KsStatus check = ks_check_arguments(&arguments, &position);
-    if (check != KS_OK) return TableError(check, arguments, position);
+    std::shared_ptr<const Prepared> prepared;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (prepared_ != nullptr && SamePlan(prepared_->arguments, arguments)) prepared = prepared_;
+    }
+    if (prepared == nullptr) {
+      int64_t position;
+      const KsStatus check = ks_check_arguments(&arguments, &position);
+      if (check != KS_OK) return TableError(check, arguments, position);
+    }
 
     TensorShape shape;
     if (kForward) {
@@ -265,7 +308,82 @@ class Conv2DOp : public OpKernel {
     if (!status.ok()) return status;
     if (output->NumElements() == 0) return absl::OkStatus();
     arguments.output = output->flat<float>().data();
-    return RunRoutine(context, arguments);
+    return RunRoutine(context, arguments, filter, std::move(prepared));
+  }
+
+  absl::Status RunRoutine(OpKernelContext* context, const KsArguments& arguments,
+                          const Tensor* filter, std::shared_ptr<const Prepared> prepared) {
+    std::shared_ptr<Prepared> fresh;
+    if (prepared == nullptr) {
+      fresh = std::make_shared<Prepared>();
+      fresh->arguments = arguments;
+      fresh->routine = ks_select(&arguments, &fresh->plan);
+      fresh->block = Block(fresh->plan.table_bytes);
+      const int first = kBackpropFilter ? 1 : 2;  // Of the table among the inputs.
+      for (int i = first; i < first + (kTable ? 2 : 1); ++i) {
+        fresh->table.push_back(context->input(i));
+      }
+      prepared = fresh;
+    }
+    const KsPlan& plan = prepared->plan;
+    const StageRunner runner(context, arguments, plan, prepared->routine);
+    PooledBlock shared(plan.shared_bytes), scratch(runner.scratch_bytes());
+    KsMemory memory = {prepared->block.data(), nullptr, shared.data(), scratch.data()};
+    const int64_t bytes = plan.table_bytes + plan.shared_bytes + runner.scratch_bytes();
+    if ((plan.table_bytes > 0 && memory.table == nullptr) ||
+        (plan.shared_bytes > 0 && memory.shared == nullptr) ||
+        (runner.scratch_bytes() > 0 && memory.scratch == nullptr)) {
+      return OutOfMemory(bytes);
+    }
+    if (fresh != nullptr) {
+      runner.Run(KS_PREPARES_TABLE, memory);
+      std::lock_guard<std::mutex> lock(mutex_);
+      prepared_ = prepared;
+    }
+    if (plan.filter_bytes == 0) {
+      runner.Run(KS_PREPARES_NOTHING, memory);
+      return absl::OkStatus();
+    }
+
+    std::shared_ptr<const PackedFilter> packed;
+    bool keep = false;
+    if (kForward) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (packed_ != nullptr && packed_->prepared == prepared &&
+          packed_->filter.template flat<float>().data() == arguments.filter) {
+        packed = packed_;
+        changes_ = 0;
+      } else {
+        keep = ++changes_ <= kMostChanges;
+        if (!keep) packed_ = nullptr;
+      }
+    }
+    if (packed != nullptr) {
+      memory.filter = packed->block.data();
+      runner.Run(KS_PREPARES_NOTHING, memory);
+      return absl::OkStatus();
+    }
+    if (keep) {
+      const auto fresh_filter = std::make_shared<PackedFilter>();
+      fresh_filter->prepared = prepared;
+      fresh_filter->filter = *filter;
+      fresh_filter->block = Block(plan.filter_bytes);
+      memory.filter = fresh_filter->block.data();
+      if (memory.filter == nullptr) return OutOfMemory(plan.filter_bytes);
+      runner.Run(KS_PREPARES_FILTER, memory);
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        packed_ = fresh_filter;
+      }
+      runner.Run(KS_PREPARES_NOTHING, memory);
+      return absl::OkStatus();
+    }
+    PooledBlock filter_block(plan.filter_bytes);
+    memory.filter = filter_block.data();
+    if (memory.filter == nullptr) return OutOfMemory(plan.filter_bytes);
+    runner.Run(KS_PREPARES_FILTER, memory);
+    runner.Run(KS_PREPARES_NOTHING, memory);
+    return absl::OkStatus();
   }
 
   static absl::Status ReadInput(const Tensor& input, KsArguments* arguments) {
@@ -366,6 +484,15 @@ class Conv2DOp : public OpKernel {
   }
 
   Conv2DAttributes attributes_;
+
+  // From the call before. A constant table, or one that changes now and then, is prepared once; a
+  // filter as well, until it has changed kMostChanges times in a row: holding on to weights that
+  // are being trained would make TensorFlow copy them in every step.
+  static constexpr int kMostChanges = 3;
+  std::mutex mutex_;
+  std::shared_ptr<const Prepared> prepared_;    // Guarded by mutex_, as are
+  std::shared_ptr<const PackedFilter> packed_;  // these.
+  int changes_ = 0;
 };
 
 #define KS_REGISTER_KERNEL(name, operation) \

@@ -131,35 +131,53 @@ class Problem {
 
   // Runs a routine, its work cut into ranges of `range` items taken backwards when range > 0, with
   // all memory filled with NaN before. Returns false when the routine declines.
+  // Runs it a second time on the blocks prepared by the first, and expects the same.
   bool Run(const KsRoutine* routine, int64_t range, std::vector<float>* result) const {
     KsArguments arguments = arguments_;
-    const float nan = std::numeric_limits<float>::quiet_NaN();
-    result->assign(result_size_, nan);
-    arguments.output = result->data();
     KsPlan plan;
     if (!routine->plan(&arguments, &plan)) return false;
-    void* shared = Allocate(plan.shared_bytes);
-    void* scratch = Allocate(plan.scratch_bytes);
-    for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
-      const int64_t items = plan.stages[stage].items;
-      EXPECT_GE(items, 0);
-      EXPECT_TRUE(items == 0 || plan.stages[stage].cost > 0);
-      if (range <= 0) {
-        if (items > 0) routine->run(&arguments, &plan, stage, 0, items, shared, scratch);
-        continue;
-      }
-      for (int64_t end = items; end > 0; end -= range) {
-        memset(scratch, 0xff, plan.scratch_bytes);
-        routine->run(&arguments, &plan, stage, end > range ? end - range : 0, end, shared, scratch);
-      }
-    }
-    CheckAndFree(shared, plan.shared_bytes);
-    CheckAndFree(scratch, plan.scratch_bytes);
+    KsMemory memory = {Allocate(plan.table_bytes), Allocate(plan.filter_bytes), nullptr, nullptr};
+    const std::vector<float> first = RunStages(routine, plan, range, true, arguments, &memory);
+    *result = RunStages(routine, plan, range, false, arguments, &memory);
+    EXPECT_EQ(memcmp(first.data(), result->data(), first.size() * 4), 0) << routine->name;
+    CheckAndFree(memory.table, plan.table_bytes);
+    CheckAndFree(memory.filter, plan.filter_bytes);
     return true;
   }
 
  private:
   static constexpr int64_t kGuard = 4096;
+
+  std::vector<float> RunStages(const KsRoutine* routine, const KsPlan& plan, int64_t range,
+                               bool prepare, KsArguments arguments, KsMemory* memory) const {
+    std::vector<float> result(result_size_, std::numeric_limits<float>::quiet_NaN());
+    arguments.output = result.data();
+    memory->shared = Allocate(plan.shared_bytes);
+    memory->scratch = Allocate(plan.scratch_bytes);
+    int64_t last_kind = KS_PREPARES_TABLE;
+    for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
+      const int64_t items = plan.stages[stage].items;
+      const int64_t prepares = plan.stages[stage].prepares;
+      EXPECT_GE(items, 0);
+      EXPECT_TRUE(items == 0 || plan.stages[stage].cost > 0);
+      // Those that prepare come first, the table before the filter.
+      const int64_t kind = prepares == KS_PREPARES_NOTHING ? 3 : prepares;
+      EXPECT_GE(kind, last_kind);
+      last_kind = kind;
+      if (!prepare && prepares != KS_PREPARES_NOTHING) continue;
+      if (range <= 0) {
+        if (items > 0) routine->run(&arguments, &plan, stage, 0, items, memory);
+        continue;
+      }
+      for (int64_t end = items; end > 0; end -= range) {
+        memset(memory->scratch, 0xff, plan.scratch_bytes);
+        routine->run(&arguments, &plan, stage, end > range ? end - range : 0, end, memory);
+      }
+    }
+    CheckAndFree(memory->shared, plan.shared_bytes);
+    CheckAndFree(memory->scratch, plan.scratch_bytes);
+    return result;
+  }
 
   // Filled with 0xff bytes (NaN), and followed by a guard that must stay so.
   static void* Allocate(int64_t bytes) {

@@ -342,9 +342,11 @@ int Plan(const KsArguments& arguments, Parameters parameters, KsPlan* plan) {
   if (parameters.transposed) {
     stage->items = 1;
     stage->cost = 1000 + arguments.kept * 10;
+    stage->prepares = KS_PREPARES_TABLE;
     ++stage;
     stage->items = grid.channels > 0 ? TransposeFilterItems(arguments) : 0;
     stage->cost = 100 + arguments.kept * taps * 32 / Max(1, geometry.in_channels);
+    stage->prepares = KS_PREPARES_FILTER;
     ++stage;
   }
   if (parameters.shared_tiles) {
@@ -360,25 +362,27 @@ int Plan(const KsArguments& arguments, Parameters parameters, KsPlan* plan) {
   plan->scratch_bytes = TapsBytes(taps, phases) + PieceBytes(ColumnMapSize(planes), 8) +
                         PieceBytes(kLanes * kMaxRows * kMaxVectors * kLanes, 4) +
                         (parameters.shared_tiles ? 0 : parameters.tile_bytes);
-  plan->shared_bytes = (parameters.transposed ? TransposedTableBytes(arguments) : 0) +
-                       (parameters.shared_tiles ? tiles * parameters.tile_bytes : 0);
+  plan->table_bytes = parameters.transposed ? TransposedTableBytes(arguments) : 0;
+  plan->filter_bytes = parameters.transposed ? TransposedFilterBytes(arguments) : 0;
+  plan->shared_bytes = parameters.shared_tiles ? tiles * parameters.tile_bytes : 0;
   SaveParameters(parameters, plan);
   return 1;
 }
 
 void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_t begin,
-         int64_t end, void* shared, void* scratch, const float* source) {
+         int64_t end, const KsMemory* memory, const float* source) {
   const Parameters parameters = LoadParameters<Parameters>(plan);
   const KsGeometry& geometry = arguments.geometry;
   const Grid& grid = parameters.grid;
   const Planes& planes = parameters.planes;
 
-  Arena shared_arena = {static_cast<char*>(shared)};
-  Arena scratch_arena = {static_cast<char*>(scratch)};
+  Arena table_arena = {static_cast<char*>(memory->table)};
+  Arena scratch_arena = {static_cast<char*>(memory->scratch)};
   const Taps taps = MakeTaps(geometry, parameters, &scratch_arena);
   Table table = {arguments.row_splits, arguments.input_channels, arguments.filter};
   if (parameters.transposed) {
-    const TransposedTable transposed = PlaceTransposedTable(arguments, &shared_arena);
+    const TransposedTable transposed =
+        PlaceTransposedTable(arguments, &table_arena, memory->filter);
     if (stage == 0) {
       TransposeTable(arguments, transposed);
       return;
@@ -392,7 +396,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
     table = {transposed.row_splits, transposed.channels, transposed.filter};
   }
 
-  float* shared_planes = reinterpret_cast<float*>(shared_arena.at);
+  float* shared_planes = static_cast<float*>(memory->shared);
   const int64_t tile_size = parameters.tile_bytes / 4;
   const int64_t plane_rows = (planes.tile_rows - 1) * grid.step_height + grid.reach_height + 1;
   if (parameters.shared_tiles && stage == 0) {
@@ -452,8 +456,8 @@ int ConnectionConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
 }
 
 void ConnectionConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
-                         int64_t begin, int64_t end, void* shared, void* scratch) {
-  Run(*arguments, plan, stage, begin, end, shared, scratch, arguments->input);
+                         int64_t begin, int64_t end, const KsMemory* memory) {
+  Run(*arguments, plan, stage, begin, end, memory, arguments->input);
 }
 
 int ConnectionConv2DBackpropInputPlan(const KsArguments* arguments, KsPlan* plan) {
@@ -497,9 +501,9 @@ int ConnectionConv2DBackpropInputPlan(const KsArguments* arguments, KsPlan* plan
 }
 
 void ConnectionConv2DBackpropInputRun(const KsArguments* arguments, const KsPlan* plan,
-                                      int32_t stage, int64_t begin, int64_t end, void* shared,
-                                      void* scratch) {
-  Run(*arguments, plan, stage, begin, end, shared, scratch, arguments->out_backprop);
+                                      int32_t stage, int64_t begin, int64_t end,
+                                      const KsMemory* memory) {
+  Run(*arguments, plan, stage, begin, end, memory, arguments->out_backprop);
 }
 
 }  // namespace KS_ISA

@@ -343,12 +343,12 @@ void AddProducts(Work* work, int64_t channel_begin, int64_t channel_end, const f
 }  // namespace
 
 void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* plan,
-                                       int32_t stage, int64_t begin, int64_t end, void* shared,
-                                       void* scratch) {
+                                       int32_t stage, int64_t begin, int64_t end,
+                                       const KsMemory* memory) {
   const KsGeometry& geometry = arguments->geometry;
   const Parameters parameters = LoadParameters<Parameters>(plan);
   const LaneRegions& regions = parameters.regions;
-  Arena shared_arena = {static_cast<char*>(shared)};
+  Arena shared_arena = {static_cast<char*>(memory->shared)};
   float* const part_sums = shared_arena.Take<float>(PartsBytes(parameters.parts) / 4);
   if (stage == 2) {
     AddParts(parameters.parts, begin, end, part_sums, arguments->output);
@@ -390,7 +390,7 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
 
   const int64_t taps = geometry.kernel_height * geometry.kernel_width;
   const int64_t x_columns = parameters.x_columns;
-  Arena arena = {static_cast<char*>(scratch)};
+  Arena arena = {static_cast<char*>(memory->scratch)};
   Work work = {*arguments, parameters, {}, taps, nullptr, nullptr, nullptr, {}, {}};
   work.region = {regions.rows, regions.columns, grid.step_height * x_columns * kLanes,
                  grid.step_width * kLanes, geometry.dilation_height * x_columns * kLanes};

@@ -680,10 +680,12 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   KsStage* stage = plan->stages;
   stage->items = 1;
   stage->cost = 1000 + p.parts * p.out_channels * 10 + (p.transposed ? arguments.kept * 10 : 0);
+  stage->prepares = KS_PREPARES_TABLE;
   ++stage;
   if (p.transposed) {
     stage->items = TransposeFilterItems(arguments);
     stage->cost = 100 + arguments.kept * taps * 32 / p.out_channels;
+    stage->prepares = KS_PREPARES_FILTER;
     ++stage;
   }
   if (p.shared_planes) {
@@ -700,8 +702,9 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   }
   plan->num_stages = static_cast<int32_t>(stage - plan->stages);
 
-  plan->shared_bytes = (p.transposed ? TransposedTableBytes(arguments) : 0) + TableBytes(p) +
-                       (p.shared_planes ? p.groups * group_bytes : 0);
+  plan->table_bytes = (p.transposed ? TransposedTableBytes(arguments) : 0) + TableBytes(p);
+  plan->filter_bytes = p.transposed ? TransposedFilterBytes(arguments) : 0;
+  plan->shared_bytes = p.shared_planes ? p.groups * group_bytes : 0;
   plan->scratch_bytes =
       PieceBytes(RoundUp(Min(p.out_channels, Together(p)), kLanes) * p.tile_stride, 4) +
       PieceBytes(p.channels, 4) + PieceBytes(p.out_channels, 4) +
@@ -712,7 +715,7 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
 }
 
 void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_t begin,
-         int64_t end, void* shared, void* scratch, const float* source) {
+         int64_t end, const KsMemory* memory, const float* source) {
   Work work;
   work.p = LoadParameters<Parameters>(plan);
   work.output = arguments.output;
@@ -725,22 +728,22 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
           kind.find(p.region_rows / p.blocks_high + i, p.region_columns / p.blocks_wide + j);
     }
   }
-  Arena shared_arena = {static_cast<char*>(shared)};
-  Arena scratch_arena = {static_cast<char*>(scratch)};
+  Arena table_arena = {static_cast<char*>(memory->table)};
+  Arena scratch_arena = {static_cast<char*>(memory->scratch)};
 
   work.table.row_splits = arguments.row_splits;
   work.table.channels = arguments.input_channels;
   work.table.filter = arguments.filter;
   TransposedTable transposed = {};
   if (p.transposed) {
-    transposed = PlaceTransposedTable(arguments, &shared_arena);
+    transposed = PlaceTransposedTable(arguments, &table_arena, memory->filter);
     work.table.row_splits = transposed.row_splits;
     work.table.channels = transposed.channels;
     work.table.filter = transposed.filter;
   }
-  work.table.starts = shared_arena.Take<int32_t>((p.parts + 1) * p.out_channels);
-  work.table.order = shared_arena.Take<int32_t>(p.parts * p.out_channels);
-  float* shared_planes = reinterpret_cast<float*>(shared_arena.at) + p.lead;
+  work.table.starts = table_arena.Take<int32_t>((p.parts + 1) * p.out_channels);
+  work.table.order = table_arena.Take<int32_t>(p.parts * p.out_channels);
+  float* shared_planes = static_cast<float*>(memory->shared) + p.lead;
   if (stage == 0) {
     if (p.transposed) TransposeTable(arguments, transposed);
     CutTable(p, work.table);
@@ -860,8 +863,8 @@ int ConnectionConv2DRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
 }
 
 void ConnectionConv2DRegionsRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
-                                int64_t begin, int64_t end, void* shared, void* scratch) {
-  Run(*arguments, plan, stage, begin, end, shared, scratch, arguments->input);
+                                int64_t begin, int64_t end, const KsMemory* memory) {
+  Run(*arguments, plan, stage, begin, end, memory, arguments->input);
 }
 
 int ConnectionConv2DBackpropInputRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
@@ -878,8 +881,8 @@ int ConnectionConv2DBackpropInputRegionsPlan(const KsArguments* arguments, KsPla
 
 void ConnectionConv2DBackpropInputRegionsRun(const KsArguments* arguments, const KsPlan* plan,
                                              int32_t stage, int64_t begin, int64_t end,
-                                             void* shared, void* scratch) {
-  Run(*arguments, plan, stage, begin, end, shared, scratch, arguments->out_backprop);
+                                             const KsMemory* memory) {
+  Run(*arguments, plan, stage, begin, end, memory, arguments->out_backprop);
 }
 
 }  // namespace KS_ISA

@@ -10,7 +10,7 @@
 #define KS_ROUTINE(operation, name)                                                              \
   int name##Plan(const KsArguments* arguments, KsPlan* plan);                                    \
   void name##Run(const KsArguments* arguments, const KsPlan* plan, int32_t stage, int64_t begin, \
-                 int64_t end, void* shared, void* scratch);
+                 int64_t end, const KsMemory* memory);
 
 namespace ks {
 namespace avx512 {
@@ -27,7 +27,7 @@ namespace baseline {
 namespace reference {
 int Plan(const KsArguments* arguments, KsPlan* plan);
 void Run(const KsArguments* arguments, const KsPlan* plan, int32_t stage, int64_t begin,
-         int64_t end, void* shared, void* scratch);
+         int64_t end, const KsMemory* memory);
 }  // namespace reference
 }  // namespace ks
 

@@ -28,50 +28,45 @@ struct Parameters {
   int64_t packed;        // 1: W' is packed into panels of consecutive rows.
 };
 
-struct Shared {
+struct Prepared {
   Term* terms;       // [kept], in the order of the sums.
   int64_t* offsets;  // Of a tile's pixels.
   int32_t* order;    // [kept]: the kept row of each term.
   int32_t* starts;   // Of the groups of channels.
   float* panels;     // Panel after panel, each [kept][its vectors * kLanes].
-  float* tiles;
 };
 
-Shared PlaceShared(const KsArguments& arguments, const Parameters& parameters, void* shared) {
-  Arena arena = {static_cast<char*>(shared)};
-  Shared place;
+Prepared PlacePrepared(const KsArguments& arguments, const Parameters& parameters,
+                       const KsMemory& memory) {
+  Arena arena = {static_cast<char*>(memory.table)};
+  Prepared place;
   place.terms = arena.Take<Term>(arguments.kept);
   place.offsets = arena.Take<int64_t>(TilePixels(parameters.tiles));
   place.order = arena.Take<int32_t>(arguments.kept);
   place.starts = arena.Take<int32_t>(CeilDiv(arguments.geometry.in_channels, kLineChannels) + 1);
-  const Panels panels = MakePanels(arguments.geometry.out_channels);
-  place.panels =
-      arena.Take<float>(parameters.packed ? arguments.kept * panels.vectors * kLanes : 0);
-  place.tiles = reinterpret_cast<float*>(arena.at);
+  place.panels = static_cast<float*>(memory.filter);
   return place;
 }
 
-int64_t SharedBytes(const KsArguments& arguments, const Parameters& parameters) {
-  const Panels panels = MakePanels(arguments.geometry.out_channels);
+int64_t TableBytes(const KsArguments& arguments, const Parameters& parameters) {
   return PieceBytes(arguments.kept, sizeof(Term)) + PieceBytes(TilePixels(parameters.tiles), 8) +
          PieceBytes(arguments.kept, 4) +
-         PieceBytes(CeilDiv(arguments.geometry.in_channels, kLineChannels) + 1, 4) +
-         PieceBytes(parameters.packed ? arguments.kept * panels.vectors * kLanes : 0, 4) +
-         (parameters.shared_tiles ? NumTiles(parameters.tiles) * TileBytes(parameters.tiles) : 0);
+         PieceBytes(CeilDiv(arguments.geometry.in_channels, kLineChannels) + 1, 4);
 }
 
 // Sorts the kept rows by group of channels. `indices` increase: taps do too, within a group. Rows
 // of W' that are read in place keep their order: they come from memory once, one after another.
-void SortTerms(const KsArguments& arguments, const Parameters& parameters, const Shared& shared) {
+void SortTerms(const KsArguments& arguments, const Parameters& parameters,
+               const Prepared& prepared) {
   const KsGeometry& geometry = arguments.geometry;
   const int64_t channels = geometry.in_channels;
   const int64_t line = parameters.packed ? kLineChannels : Max(1, channels);
   const int64_t groups = CeilDiv(channels, line);
   for (int pass = 0; pass < 2; ++pass) {
     if (pass == 0) {
-      memset(shared.starts, 0, (groups + 1) * 4);
+      memset(prepared.starts, 0, (groups + 1) * 4);
     } else {
-      for (int64_t g = 0; g < groups; ++g) shared.starts[g + 1] += shared.starts[g];
+      for (int64_t g = 0; g < groups; ++g) prepared.starts[g + 1] += prepared.starts[g];
     }
     int64_t tap = 0, tap_begin = 0;
     int64_t tap_offset = 0;
@@ -85,26 +80,26 @@ void SortTerms(const KsArguments& arguments, const Parameters& parameters, const
       }
       const int64_t channel = index - tap_begin;
       if (pass == 0) {
-        ++shared.starts[channel / line + 1];
+        ++prepared.starts[channel / line + 1];
         continue;
       }
-      const int32_t place = shared.starts[channel / line]++;
-      shared.order[place] = static_cast<int32_t>(k);
-      shared.terms[place] = {tap_offset + channel, parameters.packed ? place : k};
+      const int32_t place = prepared.starts[channel / line]++;
+      prepared.order[place] = static_cast<int32_t>(k);
+      prepared.terms[place] = {tap_offset + channel, parameters.packed ? place : k};
     }
   }
 }
 
 // Terms [begin, end) of W' into all panels.
-void PackRows(const KsArguments& arguments, const Shared& shared, int64_t begin, int64_t end) {
+void PackRows(const KsArguments& arguments, const Prepared& prepared, int64_t begin, int64_t end) {
   const Panels panels = MakePanels(arguments.geometry.out_channels);
   for (int64_t i = 0; i < panels.count; ++i) {
     const Panel panel = PanelAt(panels, i);
     const int64_t width = panel.vectors * kLanes;
-    float* target = shared.panels + arguments.kept * panel.first_vector * kLanes + begin * width;
+    float* target = prepared.panels + arguments.kept * panel.first_vector * kLanes + begin * width;
     for (int64_t t = begin; t < end; ++t, target += width) {
       const float* row =
-          arguments.filter + shared.order[t] * panels.channels + panel.first_vector * kLanes;
+          arguments.filter + prepared.order[t] * panels.channels + panel.first_vector * kLanes;
       if (panel.channels == width) {
         for (int64_t v = 0; v < width; v += kLanes) Store(target + v, Load(row + v));
         continue;
@@ -114,9 +109,9 @@ void PackRows(const KsArguments& arguments, const Shared& shared, int64_t begin,
   }
 }
 
-void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Shared& shared,
-                 const SumFunctions& functions, const Tile& tile, const float* x,
-                 int64_t panel_begin, int64_t panel_end) {
+void ComputeTile(const KsArguments& arguments, const Parameters& parameters,
+                 const Prepared& prepared, const SumFunctions& functions, const Tile& tile,
+                 const float* x, int64_t panel_begin, int64_t panel_end) {
   const Panels panels = MakePanels(arguments.geometry.out_channels);
   const int64_t row_bytes = parameters.packed ? kPanelVectors * kLanes * 4 : panels.channels * 4;
   const int64_t chunks = Max(
@@ -128,7 +123,7 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
       const Panel panel = PanelAt(panels, i);
       Sums sums;
       if (parameters.packed) {
-        sums.w = shared.panels + arguments.kept * panel.first_vector * kLanes;
+        sums.w = prepared.panels + arguments.kept * panel.first_vector * kLanes;
         sums.w_stride = panel.vectors * kLanes;
         sums.ahead = 0;
       } else {
@@ -140,13 +135,13 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
                 : (last - first) * panels.channels -
                       (panel.first_vector - PanelAt(panels, panel_begin).first_vector) * kLanes;
       }
-      sums.terms = shared.terms + first;
+      sums.terms = prepared.terms + first;
       sums.num_terms = last - first;
       sums.out =
           arguments.output + tile.first_pixel * panels.channels + panel.first_vector * kLanes;
       sums.out_stride = panels.channels;
       sums.add = chunk > 0;
-      SumPoints(functions, panel, x, shared.offsets, tile.pixels, sums);
+      SumPoints(functions, panel, x, prepared.offsets, tile.pixels, sums);
     }
   }
 }
@@ -172,11 +167,16 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   }
 
   KsStage* stage = plan->stages;
-  stage->items = 1 + (parameters.shared_tiles ? num_tiles * tiles.images * tiles.padded_rows : 0);
-  stage->cost = 100 + Max(tiles.row_stride / 8, arguments->kept * 10 / stage->items);
+  stage->items = 1;
+  stage->cost = 100 + arguments->kept * 10;
+  stage->prepares = KS_PREPARES_TABLE;
   ++stage;
   stage->items = parameters.packed ? CeilDiv(arguments->kept, kRowsOfItem) : 0;
   stage->cost = 100 + kRowsOfItem * geometry.out_channels / 8;
+  stage->prepares = KS_PREPARES_FILTER;
+  ++stage;
+  stage->items = parameters.shared_tiles ? num_tiles * tiles.images * tiles.padded_rows : 0;
+  stage->cost = 100 + tiles.row_stride / 8;
   ++stage;
   stage->items = num_tiles * parameters.splits;
   stage->cost =
@@ -184,37 +184,41 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
                                  (static_cast<double>(arguments->kept) * panels.vectors / 1.8 +
                                   static_cast<double>(geometry.in_channels) / 8) /
                                  static_cast<double>(parameters.splits));
-  plan->num_stages = 3;
+  plan->num_stages = 4;
+  plan->table_bytes = TableBytes(*arguments, parameters);
+  plan->filter_bytes =
+      parameters.packed ? PieceBytes(arguments->kept * panels.vectors * kLanes, 4) : 0;
   plan->scratch_bytes = parameters.shared_tiles ? 0 : TileBytes(tiles);
-  plan->shared_bytes = SharedBytes(*arguments, parameters);
+  plan->shared_bytes = parameters.shared_tiles ? num_tiles * TileBytes(tiles) : 0;
   SaveParameters(parameters, plan);
   return 1;
 }
 
 void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
-                      int64_t begin, int64_t end, void* shared_block, void* scratch) {
+                      int64_t begin, int64_t end, const KsMemory* memory) {
   const Parameters parameters = LoadParameters<Parameters>(plan);
   const Tiles& tiles = parameters.tiles;
-  const Shared shared = PlaceShared(*arguments, parameters, shared_block);
+  const Prepared prepared = PlacePrepared(*arguments, parameters, *memory);
+  float* const shared_tiles = static_cast<float*>(memory->shared);
   const int64_t tile_size = TileBytes(tiles) / 4;
   const int64_t tile_rows = tiles.images * tiles.padded_rows;
   if (stage == 0) {
-    for (int64_t item = begin; item < end; ++item) {
-      if (item == 0) {
-        SortTerms(*arguments, parameters, shared);
-        PixelOffsets(tiles, shared.offsets);
-        continue;
-      }
-      const int64_t tile_index = (item - 1) / tile_rows;
-      const int64_t row = (item - 1) % tile_rows;
-      const Tile tile = TileAt(tiles, tile_index);
-      if (row >= tile.images * tiles.padded_rows) continue;
-      CopyRows(tiles, tile, arguments->input, row, row + 1, shared.tiles + tile_index * tile_size);
-    }
+    SortTerms(*arguments, parameters, prepared);
+    PixelOffsets(tiles, prepared.offsets);
     return;
   }
   if (stage == 1) {
-    PackRows(*arguments, shared, begin * kRowsOfItem, Min(arguments->kept, end * kRowsOfItem));
+    PackRows(*arguments, prepared, begin * kRowsOfItem, Min(arguments->kept, end * kRowsOfItem));
+    return;
+  }
+  if (stage == 2) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t tile_index = item / tile_rows;
+      const int64_t row = item % tile_rows;
+      const Tile tile = TileAt(tiles, tile_index);
+      if (row >= tile.images * tiles.padded_rows) continue;
+      CopyRows(tiles, tile, arguments->input, row, row + 1, shared_tiles + tile_index * tile_size);
+    }
     return;
   }
 
@@ -224,13 +228,13 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
     const int64_t tile_index = item / parameters.splits;
     const int64_t split = item % parameters.splits;
     const Tile tile = TileAt(tiles, tile_index);
-    float* copy = static_cast<float*>(scratch);
+    float* copy = static_cast<float*>(memory->scratch);
     if (parameters.shared_tiles) {
-      copy = shared.tiles + tile_index * tile_size;
+      copy = shared_tiles + tile_index * tile_size;
     } else if (tiles.copied) {
       CopyRows(tiles, tile, arguments->input, 0, tile.images * tiles.padded_rows, copy);
     }
-    ComputeTile(*arguments, parameters, shared, functions, tile,
+    ComputeTile(*arguments, parameters, prepared, functions, tile,
                 TileData(tiles, tile, arguments->input, copy),
                 PartBegin(panels, parameters.splits, split),
                 PartBegin(panels, parameters.splits, split + 1));

@@ -61,10 +61,10 @@ int ThinnedConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* plan) 
 }
 
 void ThinnedConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
-                                    int64_t begin, int64_t end, void* shared, void* scratch) {
+                                    int64_t begin, int64_t end, const KsMemory* memory) {
   const KsGeometry& geometry = arguments->geometry;
   const Parameters parameters = LoadParameters<Parameters>(plan);
-  float* const part_sums = static_cast<float*>(shared);
+  float* const part_sums = static_cast<float*>(memory->shared);
   if (stage == 1) {
     AddParts(parameters.parts, begin, end, part_sums, arguments->output);
     return;
@@ -72,7 +72,7 @@ void ThinnedConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* 
   const Tiles& tiles = parameters.tiles;
   const Panels panels = MakePanels(geometry.out_channels);
   const SumFunctions functions = AllSumFunctions();
-  Arena arena = {static_cast<char*>(scratch)};
+  Arena arena = {static_cast<char*>(memory->scratch)};
   int64_t* const row_offsets = arena.Take<int64_t>(arguments->kept);
   int64_t* const pixel_offsets = arena.Take<int64_t>(TilePixels(tiles));
   Term* const terms = arena.Take<Term>(TilePixels(tiles));

@@ -128,7 +128,7 @@ int ThinnedConv2DBackpropInputPlan(const KsArguments* arguments, KsPlan* plan) {
 }
 
 void ThinnedConv2DBackpropInputRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
-                                   int64_t begin, int64_t end, void* shared, void* scratch) {
+                                   int64_t begin, int64_t end, const KsMemory* memory) {
   const Parameters parameters = LoadParameters<Parameters>(plan);
   const KsGeometry& geometry = arguments->geometry;
   const Grid& grid = parameters.grid;
@@ -138,7 +138,7 @@ void ThinnedConv2DBackpropInputRun(const KsArguments* arguments, const KsPlan* p
   const int64_t in_channels = geometry.in_channels;
   const int64_t out_channels = geometry.out_channels;
 
-  Arena shared_arena = {static_cast<char*>(shared)};
+  Arena shared_arena = {static_cast<char*>(memory->shared)};
   float* blocks = shared_arena.Take<float>(parameters.blocks * kMaxRows * out_channels);
   KeptRow* kept_rows = shared_arena.Take<KeptRow>(kept);
   if (stage == 0) {
@@ -157,7 +157,7 @@ void ThinnedConv2DBackpropInputRun(const KsArguments* arguments, const KsPlan* p
     return;
   }
 
-  Arena arena = {static_cast<char*>(scratch)};
+  Arena arena = {static_cast<char*>(memory->scratch)};
   float* sums = arena.Take<float>(kMaxRows * kMaxVectors * kLanes);
   float* gradient = arena.Take<float>(PlanesBytes(planes, in_channels) / 4);
   float* out_data = reinterpret_cast<float*>(arena.at);

@@ -21,18 +21,21 @@ struct TransposedTable {
 
 KS_INLINE int64_t TransposedTableBytes(const KsArguments& arguments) {
   const KsGeometry& geometry = arguments.geometry;
-  return PieceBytes(geometry.in_channels + 2, 4) + 2 * PieceBytes(arguments.kept, 4) +
-         PieceBytes(arguments.kept * geometry.kernel_height * geometry.kernel_width, 4);
+  return PieceBytes(geometry.in_channels + 2, 4) + 2 * PieceBytes(arguments.kept, 4);
+}
+KS_INLINE int64_t TransposedFilterBytes(const KsArguments& arguments) {
+  const KsGeometry& geometry = arguments.geometry;
+  return PieceBytes(arguments.kept * geometry.kernel_height * geometry.kernel_width, 4);
 }
 
-KS_INLINE TransposedTable PlaceTransposedTable(const KsArguments& arguments, Arena* arena) {
+KS_INLINE TransposedTable PlaceTransposedTable(const KsArguments& arguments, Arena* arena,
+                                               void* filter) {
   const KsGeometry& geometry = arguments.geometry;
   TransposedTable table;
   table.row_splits = arena->Take<int32_t>(geometry.in_channels + 2);
   table.channels = arena->Take<int32_t>(arguments.kept);
   table.from = arena->Take<int32_t>(arguments.kept);
-  table.filter =
-      arena->Take<float>(arguments.kept * geometry.kernel_height * geometry.kernel_width);
+  table.filter = static_cast<float*>(filter);
   return table;
 }
 
