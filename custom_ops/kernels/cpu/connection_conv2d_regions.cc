@@ -99,7 +99,10 @@ typedef Kind<1, 7, 4, 9, true> SevenWide;
 // pixel.
 constexpr int kSumsInFlight = 8;
 
-template <typename K, int kRows, int kColumns>
+constexpr int64_t kFilterAhead = 256;  // Floats of the filter that are fetched before their use.
+
+// kEdge: part of the window may be padding.
+template <typename K, int kRows, int kColumns, bool kEdge>
 void SumBlock(const Block& block) {
   constexpr int kTapRows = K::kTapRows, kTapColumns = K::kTapColumns;
   constexpr int kWanted = (kSumsInFlight + kRows * kColumns - 1) / (kRows * kColumns);
@@ -116,6 +119,7 @@ void SumBlock(const Block& block) {
   }
   const int64_t row_step = block.row_step;
   const float* filter = block.filter;
+  const float* filter_end = filter + block.connections * block.kernel_height * kTapColumns;
   const int32_t* channel = block.channels;
   for (const int32_t* end = channel + block.connections; channel != end; ++channel) {
     const float* plane = block.planes + *channel * block.plane_size;
@@ -130,19 +134,23 @@ void SumBlock(const Block& block) {
         for (int j = 0; j < kTapColumns; ++j) weights[i][j] = Splat(filter[i * kTapColumns + j]);
       }
       filter += kTapRows * kTapColumns;
+      // The hardware loses this stream among the loads of planes.
+      const float* ahead = filter + kFilterAhead;
+      __builtin_prefetch(ahead < filter_end ? ahead : filter_end);
       const float* row = plane + first * row_step;
       KS_UNROLL
       for (int q = 0; q < kRows + kTapRows - 1; ++q, row += row_step) {
         // Only the outermost rows and columns can be padding.
-        if (kTapRows == 1 ? first + q < block.row_begin || first + q >= block.row_end
-                          : (q < kTapRows / 2 && q < block.row_begin) ||
-                                (q >= kRows + kTapRows / 2 && q >= block.row_end)) {
+        if (!kEdge) {
+        } else if (kTapRows == 1 ? first + q < block.row_begin || first + q >= block.row_end
+                                 : (q < kTapRows / 2 && q < block.row_begin) ||
+                                       (q >= kRows + kTapRows / 2 && q >= block.row_end)) {
           continue;
         }
         KS_UNROLL
         for (int p = 0; p < kColumns + kTapColumns - 1; ++p) {
-          if ((p < kTapColumns / 2 && p < block.column_begin) ||
-              (p >= kColumns + kTapColumns / 2 && p >= block.column_end)) {
+          if (kEdge && ((p < kTapColumns / 2 && p < block.column_begin) ||
+                        (p >= kColumns + kTapColumns / 2 && p >= block.column_end))) {
             continue;
           }
           const Vec x = Load(row + p * kLanes);
@@ -174,22 +182,24 @@ void SumBlock(const Block& block) {
 
 // SumBlock for a block of rows x columns.
 template <typename K, int kRows = K::kMaxRows, int kColumns = K::kMaxColumns>
-BlockFunction FindBlock(int64_t rows, int64_t columns) {
+BlockFunction FindBlock(int64_t rows, int64_t columns, bool edge) {
   if constexpr (kRows == 0) {
     return nullptr;
   } else if constexpr (kColumns == 0) {
-    return FindBlock<K, kRows - 1, K::kMaxColumns>(rows, columns);
+    return FindBlock<K, kRows - 1, K::kMaxColumns>(rows, columns, edge);
   } else {
     if constexpr (kRows * kColumns <= K::kMaxSums) {
-      if (rows == kRows && columns == kColumns) return SumBlock<K, kRows, kColumns>;
+      if (rows == kRows && columns == kColumns) {
+        return edge ? SumBlock<K, kRows, kColumns, true> : SumBlock<K, kRows, kColumns, false>;
+      }
     }
-    return FindBlock<K, kRows, kColumns - 1>(rows, columns);
+    return FindBlock<K, kRows, kColumns - 1>(rows, columns, edge);
   }
 }
 
 struct KindTraits {
   int64_t tap_rows, max_rows, max_columns, max_sums;
-  BlockFunction (*find)(int64_t rows, int64_t columns);
+  BlockFunction (*find)(int64_t rows, int64_t columns, bool edge);
 };
 template <typename K>
 KindTraits TraitsOf() {
@@ -316,7 +326,8 @@ void FetchBlock(const Parameters& p, const Regions& regions, int64_t first_row,
 
 // Stores the sums of a block of rows x columns pixels from (first_row, first_column) of the regions
 // on: those of result channel begin + i are at sums + i * stride. Pixels outside the images go to
-// `sink`, as long as a pixel.
+// `sink`, as long as a pixel. kStream: past the caches.
+template <bool kStream>
 void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
                 int64_t first_column, int64_t rows, int64_t columns, int64_t begin, int64_t end,
                 const float* sums, int64_t stride, float* sink, float* output) {
@@ -339,7 +350,8 @@ void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
         if (end - channel >= kLanes) {
           KS_UNROLL
           for (int l = 0; l < kLanes; ++l) {
-            Store(reinterpret_cast<float*>(pixels[l]) + channel, lanes[l]);
+            float* pixel = reinterpret_cast<float*>(pixels[l]) + channel;
+            kStream ? Stream(pixel, lanes[l]) : Store(pixel, lanes[l]);
           }
           continue;
         }
@@ -382,7 +394,9 @@ KS_INLINE int64_t SplitChannel(const Parameters& p, int64_t split) {
 
 // Channels of a split that are computed together: with one part, as many as are stored together;
 // with several, all of them.
-KS_INLINE int64_t Together(const Parameters& p) { return p.parts == 1 ? kLanes : p.out_channels; }
+KS_INLINE int64_t Together(const Parameters& p) {
+  return p.parts == 1 ? 4 * kLanes : p.out_channels;
+}
 
 void SortByLength(const int32_t* begin, const int32_t* end, int64_t first, int64_t last,
                   int32_t* order) {
@@ -442,15 +456,29 @@ void CutTable(const Parameters& p, const Table& table) {
 
 struct Work {
   Parameters p;
-  // Of a block with the least rows (columns) that a region's blocks have, or one more.
-  BlockFunction functions[2][2];
+  // Of a block with the least rows (columns) that a region's blocks have, or one more; and whether
+  // its window holds padding.
+  BlockFunction functions[2][2][2];
   Table table;
   Regions regions;
   float* sums;   // [channels computed together][tile_stride]
   float* zeros;  // [channels of the source]
   float* sink;   // [channels of the result]
   float* output;
+  bool stream;  // Stores go past the caches.
 };
+
+constexpr int64_t kResultsAhead = 2;
+
+// Fetches the first connections of a result channel; its block then fetches those that follow.
+KS_INLINE void FetchTable(const Table& table, int64_t begin, int64_t end, int64_t taps) {
+  constexpr int64_t kLine = 16;
+  const float* filter = table.filter + begin * taps;
+  const int64_t floats = Min((end - begin) * taps, kFilterAhead);
+  for (int64_t i = 0; i < floats; i += kLine) __builtin_prefetch(filter + i);
+  const int64_t channels = Min(end - begin, 2 * kLine);
+  for (int64_t i = 0; i < channels; i += kLine) __builtin_prefetch(table.channels + begin + i);
+}
 
 // Adds one part of the source channels to result channels [begin, end); stores them after the last.
 void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, const float* planes) {
@@ -479,11 +507,19 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
       block.column_begin = Max(0, -window_column);
       block.column_end = Min(columns + p.kernel_width - 1, p.plane_columns - window_column);
       block.planes = planes + window_row * block.row_step + window_column * kLanes;
-      const BlockFunction function = work.functions[rows - p.region_rows / p.blocks_high]
-                                                   [columns - p.region_columns / p.blocks_wide];
-      if (p.parts == 1) FetchBlock(p, work.regions, row, column, rows, columns, begin, work.output);
+      const bool edge = block.row_begin > 0 || block.row_end < rows + p.kernel_height - 1 ||
+                        block.column_begin > 0 || block.column_end < columns + p.kernel_width - 1;
+      const BlockFunction function =
+          work.functions[rows - p.region_rows / p.blocks_high]
+                        [columns - p.region_columns / p.blocks_wide][edge];
+      if (p.parts == 1 && !work.stream)
+        FetchBlock(p, work.regions, row, column, rows, columns, begin, work.output);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t o = order[k];
+        if (k + kResultsAhead < end) {
+          const int64_t next = order[k + kResultsAhead];
+          FetchTable(work.table, starts[next], ends[next], taps);
+        }
         block.channels = work.table.channels + starts[o];
         block.filter = work.table.filter + starts[o] * taps;
         block.connections = ends[o] - starts[o];
@@ -491,8 +527,9 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
         if (block.connections > 0 || !block.accumulate) function(block);
       }
       if (part == p.parts - 1) {
-        StoreBlock(p, work.regions, row, column, rows, columns, begin, end, sums, p.tile_stride,
-                   work.sink, work.output);
+        (work.stream ? StoreBlock<true> : StoreBlock<false>)(p, work.regions, row, column, rows,
+                                                             columns, begin, end, sums,
+                                                             p.tile_stride, work.sink, work.output);
       }
       if (p.parts > 1) sums += rows * columns * kLanes;
     }
@@ -501,7 +538,9 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
 
 // --- Plan ----------------------------------------------------------------------------------------
 
-constexpr int64_t kMaxRegion = 20;    // Rows, columns of a region.
+constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
+// Bytes of a result that its reader will not find in a near cache.
+constexpr int64_t kStreamFrom = 8 << 20;
 constexpr int64_t kSharedGroups = 8;  // With fewer groups, threads share their planes.
 
 struct Axis {
@@ -720,12 +759,17 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   work.p = LoadParameters<Parameters>(plan);
   work.output = arguments.output;
   const Parameters& p = work.p;
+  const int64_t pixels = p.batch * p.rows * p.columns;
+  work.stream = pixels * p.out_channels * 4 >= kStreamFrom && p.out_channels % kLanes == 0 &&
+                reinterpret_cast<uintptr_t>(work.output) % KS_VECTOR_BYTES == 0;
   KindTraits kind = {};
   FindKind(p.kernel_height, p.kernel_width, &kind);
   for (int i = 0; i < 2; ++i) {
     for (int j = 0; j < 2; ++j) {
-      work.functions[i][j] =
-          kind.find(p.region_rows / p.blocks_high + i, p.region_columns / p.blocks_wide + j);
+      const int64_t rows = p.region_rows / p.blocks_high + i;
+      const int64_t columns = p.region_columns / p.blocks_wide + j;
+      for (int edge = 0; edge < 2; ++edge)
+        work.functions[i][j][edge] = kind.find(rows, columns, edge);
     }
   }
   Arena table_arena = {static_cast<char*>(memory->table)};
@@ -800,6 +844,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
       }
     }
   }
+  if (work.stream) StreamEnd();
 }
 
 // Swaps rows and columns where the kernel has one column: a kernel of one row remains.

@@ -21,6 +21,10 @@
 #error "32-byte vectors need -mavx2 -mfma: without them they are emulated."
 #endif
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #define KS_INLINE static inline __attribute__((always_inline))
 // For loops with a constant trip count whose body keeps arrays of vectors in registers.
 #ifdef __clang__
@@ -44,6 +48,26 @@ typedef float UnalignedVec __attribute__((vector_size(KS_VECTOR_BYTES), aligned(
 
 KS_INLINE Vec Load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 KS_INLINE void Store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+
+// Stores past the caches, which spares the read of what is overwritten: for results too large to be
+// found there later. `p` is aligned to a vector. Other threads see the values after StreamEnd().
+KS_INLINE void Stream(float* p, Vec v) {
+#if defined(__SSE2__) && KS_VECTOR_BYTES == 64
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__SSE2__) && KS_VECTOR_BYTES == 32
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, reinterpret_cast<__m128>(v));
+#else
+  Store(p, v);
+#endif
+}
+KS_INLINE void StreamEnd() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 KS_INLINE Vec Splat(float x) { return x - Vec{}; }  // x - 0 is x, -0 included: one broadcast.
 
 KS_INLINE void StoreFirst(float* p, Vec v, int64_t count) {
