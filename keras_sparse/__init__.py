@@ -36,7 +36,12 @@ except importlib.metadata.PackageNotFoundError:  # run from a source tree that i
 # registers them, so that a SavedModel that runs them loads.
 if keras.backend.backend() == "tensorflow":
     from keras_sparse import ops
+    from keras_sparse.engine import training
     from keras_sparse.export import export, load
+
+    # Here, since layers know nothing of TensorFlow and the engine nothing of layers.
+    if ops.is_available():
+        layers.SparseConv2D._training_engine = (training.is_supported, training.convolve)
 else:
 
     def __getattr__(name):

@@ -1,7 +1,9 @@
 """Conv2D with a mask."""
 
 import keras
+from keras import ops
 
+from keras_sparse import validation
 from keras_sparse.layers.base_sparse import BaseSparse
 
 __all__ = ["SparseConv2D"]
@@ -59,6 +61,11 @@ class SparseConv2D(BaseSparse, keras.layers.Conv2D):
         ValueError: If an argument is outside its range, or `granularity` is unknown.
     """
 
+    # `(is_supported, convolve)` of keras_sparse.engine.training. The package sets it where TensorFlow and the compiled
+    # ops are there: layers know neither.
+    _training_engine = None
+    _execution = "auto"
+
     def __init__(
         self,
         filters,
@@ -107,3 +114,52 @@ class SparseConv2D(BaseSparse, keras.layers.Conv2D):
     def _kernel_shape(self, input_shape):
         channels = input_shape[-1 if self.data_format == "channels_last" else 1]
         return (*self.kernel_size, channels // self.groups, self.filters)
+
+    @property
+    def execution(self):
+        """How the layer computes while it trains: `"auto"`, `"sparse"` or `"dense"`.
+
+        `"auto"` runs the compiled sparse ops, forward and backward, in each step in which the mask is sparse enough
+        for them to win, and the dense convolution in the others; `"sparse"` runs them at any density and `"dense"` at
+        none. All give the same results but for the order of sums. The ops take float32 on CPUs with the TensorFlow
+        backend, `"channels_last"`, without `groups` and without XLA (`jit_compile=True`); elsewhere, and outside of
+        training, the layer computes densely whatever is set here.
+
+        It belongs to the machine and not to the model: it is neither saved nor copied with the layer. Set it before
+        the model's first training step, whose graph keeps it.
+        """
+        return self._execution
+
+    @execution.setter
+    def execution(self, value):
+        validation.one_of("execution", value, ("auto", "sparse", "dense"))
+        self._execution = value
+
+    def call(self, inputs, training=None):
+        convolve = self._sparse_convolution(inputs) if training is True else None
+        if convolve is None:
+            return super().call(inputs)
+        outputs = convolve()
+        if self.bias is not None:
+            outputs = ops.add(outputs, self.bias)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def _sparse_convolution(self, inputs):
+        """Return the convolution of the inputs as a function, or `None` where it is to be Keras's own."""
+        own = type(self).convolution_op is not SparseConv2D.convolution_op  # a subclass means what it computes
+        single = self.compute_dtype == self.variable_dtype == "float32"
+        if self._training_engine is None or self.execution == "dense" or own or not single:
+            return None
+        is_supported, convolve = self._training_engine
+        if self.data_format != "channels_last" or self.groups != 1 or not is_supported(inputs):
+            return None
+        return lambda: convolve(
+            inputs,
+            self.kernel,
+            ops.convert_to_tensor(self.mask),
+            self.convolution_op,
+            execution=self.execution,
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+        )
