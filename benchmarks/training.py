@@ -89,7 +89,7 @@ def run(args):
     if not ks.ops.is_available():
         raise SystemExit("The compiled ops are missing: there is nothing to compare.")
     print(f"{args.threads} thread(s), {args.granularity}, filters {args.filters}, {args.optimizer}")
-    print(f"{'batch':>5s} {'density':>7s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'CPU ratio':>9s}", flush=True)
+    print(f"{'batch':>5s} {'density':>7s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'CPU ratio':>9s}")
     generator = np.random.default_rng(args.seed)
     records = []
     for batch in args.batch:

@@ -18,21 +18,22 @@ __all__ = ["break_even", "convolve", "is_supported"]
 #
 #     planes * (1 / in_channels + 1 / out_channels) / taps + fixed / pixels + density * (product + packing / pixels)
 #
-# `planes`: inputs and outputs change their layout; `fixed`: the table is derived from the mask and the gradient is put
-# into a kernel of zeros; `product`: a multiply-add costs more than in a dense product; `packing`: the filter is gathered
-# from the kernel and its gradient scattered, once a step. Read off the CPU times of 29 layers of 3 to 1024 channels on
-# 64 to 12544 pixels, densities 0.05 to 1, one thread of an AVX-512 machine, and rounded towards the dense convolution.
-# They are constants, rather than timed when a model is built, so that a training run can be repeated.
+# `planes`: inputs and outputs change their layout; `fixed`: the table is derived from the mask, the gradient is put
+# into a kernel of zeros; `product`: multiply-adds cost more than in a dense product; `packing`: the filter is gathered
+# from the kernel, its gradient scattered, once a step; `strided`: what strides multiply the last two by. Read off the
+# CPU times of 38 layers of 3 to 1024 channels on 64 to 12544 pixels, densities 0.05 to 1, one thread of an AVX-512
+# machine, and rounded towards the dense convolution. They are constants, rather than timed when a model is built, so
+# that a training run can be repeated.
 _COSTS = {
-    "connection": {"planes": 4.0, "fixed": 30.0, "product": 1.5, "packing": 250.0},
-    "connection_1x1": {"planes": 8.0, "fixed": 60.0, "product": 2.2, "packing": 2000.0},
-    "thinned": {"planes": 1.0, "fixed": 0.0, "product": 1.6, "packing": 60.0},
+    "connection": {"planes": 4.0, "fixed": 30.0, "product": 1.5, "packing": 250.0, "strided": (2.0, 4.0)},
+    "connection_1x1": {"planes": 8.0, "fixed": 60.0, "product": 2.2, "packing": 2000.0, "strided": (2.0, 4.0)},
+    "thinned": {"planes": 1.0, "fixed": 0.0, "product": 1.6, "packing": 60.0, "strided": (1.0, 1.0)},
 }
 
 
 def is_supported(inputs):
     """Return whether `convolve` can compute on these inputs where this is called: in float32, on CPUs, outside XLA."""
-    if not ops.is_available() or not isinstance(inputs, tf.Tensor) or inputs.dtype != tf.float32:
+    if not isinstance(inputs, tf.Tensor) or inputs.dtype != tf.float32:
         return False
     if any(device.device_type != "CPU" for device in tf.config.get_visible_devices()):
         return False
@@ -41,12 +42,13 @@ def is_supported(inputs):
     return graph is None or not control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
-def break_even(kernel_shape, pixels, thinned=False):
+def break_even(kernel_shape, pixels, strided=False, thinned=False):
     """Return the density below which a step of training is faster with the sparse routines.
 
     Args:
         kernel_shape: `(kernel_height, kernel_width, in_channels, out_channels)`.
         pixels: Output pixels of a step, over all images of the batch; a number or a tensor.
+        strided: Whether any stride is above 1.
         thinned: Whether whole rows of the lowered kernel are pruned, rather than connections.
 
     Returns:
@@ -55,7 +57,10 @@ def break_even(kernel_shape, pixels, thinned=False):
     taps = math.prod(kernel_shape[:2])
     costs = _COSTS["thinned" if thinned else "connection_1x1" if taps == 1 else "connection"]
     planes = costs["planes"] * sum(1 / channels for channels in kernel_shape[2:]) / taps
-    return (1.0 - planes - costs["fixed"] / pixels) / (costs["product"] + costs["packing"] / pixels)
+    product, packing = (
+        costs[name] * (factor if strided else 1.0) for name, factor in zip(("product", "packing"), costs["strided"])
+    )
+    return (1.0 - planes - costs["fixed"] / pixels) / (product + packing / pixels)
 
 
 def convolve(inputs, kernel, mask, dense, execution="auto", strides=(1, 1), padding="valid", dilation_rate=(1, 1)):
@@ -67,8 +72,9 @@ def convolve(inputs, kernel, mask, dense, execution="auto", strides=(1, 1), padd
         mask: Tensor that broadcasts to the kernel.
         dense: Function of `inputs` and `kernel` that computes the same densely.
         execution: `"auto"` chooses at each step by the density of the mask; `"sparse"` does not.
-        strides, dilation_rate: Pairs.
+        strides: Pair.
         padding: `"valid"` or `"same"`.
+        dilation_rate: Pair.
     """
     # Masks that say nothing about single outputs prune rows of the lowered kernel.
     thinned = mask.shape[3] == 1
@@ -77,8 +83,11 @@ def convolve(inputs, kernel, mask, dense, execution="auto", strides=(1, 1), padd
     options = {"strides": strides, "padding": padding, "dilation_rate": dilation_rate}
     if execution == "sparse":
         return product(inputs, kernel, kept, options)
-    pixels = _output_pixels(inputs, kernel.shape[:2], **options)
-    limit = tf.cast(break_even(tuple(kernel.shape), pixels, thinned), tf.float32)
+    shape, strided = tuple(kernel.shape), max(strides) > 1
+    if break_even(shape, math.inf, strided, thinned) <= 0:
+        return dense(inputs, kernel)
+    pixels = _output_pixels(inputs, shape[:2], **options)
+    limit = tf.cast(break_even(shape, pixels, strided, thinned), tf.float32)
     density = tf.reduce_mean(tf.cast(kept, tf.float32))
     return tf.cond(
         density < limit,
