@@ -144,6 +144,12 @@ class SparseConv2D(BaseSparse, keras.layers.Conv2D):
             outputs = ops.add(outputs, self.bias)
         return outputs if self.activation is None else self.activation(outputs)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # TensorFlow recomputes functions of positional arguments only, and Conv2D, without `training`, is one.
+        training = kwargs.pop("training", None)
+        call = super().rematerialized_call(lambda *a, **k: layer_call(*a, training=training, **k), *args, **kwargs)
+        return lambda *a, training=None, **k: call(*a, **k)
+
     def _sparse_convolution(self, inputs):
         """Return the convolution of the inputs as a function, or `None` where it is to be Keras's own."""
         own = type(self).convolution_op is not SparseConv2D.convolution_op  # a subclass means what it computes

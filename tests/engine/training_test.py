@@ -363,6 +363,22 @@ def test_when_the_dense_convolution_is_used(sparse_steps, monkeypatch):
     assert steps_of(layer(), x, sparse_steps) == 0
 
 
+@pytest.mark.parametrize("mode", ["full", "activations"])
+def test_rematerialization(mode, sparse_steps):
+    models = []
+    for execution in ("sparse", "dense"):
+        keras.utils.set_random_seed(7)
+        with keras.RematScope(mode=mode):
+            layer = SparseConv2D(4, 3, activation="relu")
+        models.append(keras.Sequential([keras.Input((12, 12, 3)), layer, keras.layers.GlobalAveragePooling2D()]))
+        layer.mask.assign(random_mask(layer.mask.shape, 0.5))
+        layer.execution = execution
+        models[-1].compile("sgd", "mse")
+        fit(models[-1], epochs=1)
+    assert len(sparse_steps) >= 4
+    assert_same_weights(*models)
+
+
 def test_lora():
     layer = SparseConv2D(7, 3, lora_rank=2)
     x = random((2, 6, 7, 4))
