@@ -63,14 +63,18 @@ def break_even(kernel_shape, pixels, strided=False, thinned=False):
     return (1.0 - planes - costs["fixed"] / pixels) / (product + packing / pixels)
 
 
-def convolve(inputs, kernel, mask, dense, execution="auto", strides=(1, 1), padding="valid", dilation_rate=(1, 1)):
-    """Return the convolution of `inputs` with a kernel that is zero where its mask is, differentiable.
+def convolve(
+    inputs, kernel, mask, dense, finish, execution="auto", strides=(1, 1), padding="valid", dilation_rate=(1, 1)
+):
+    """Return what a layer makes of `inputs` with a kernel that is zero where its mask is, differentiable.
 
     Args:
         inputs: float32 tensor, NHWC.
         kernel: float32 tensor, the effective kernel, HWIO.
         mask: Tensor that broadcasts to the kernel.
         dense: Function of `inputs` and `kernel` that computes the same densely.
+        finish: What the layer does to the product, bias and activation. TensorFlow fuses these into its dense
+            convolution, so that they have to be in the same branch.
         execution: `"auto"` chooses at each step by the density of the mask; `"sparse"` does not.
         strides: Pair.
         padding: `"valid"` or `"same"`.
@@ -82,17 +86,17 @@ def convolve(inputs, kernel, mask, dense, execution="auto", strides=(1, 1), padd
     product = _thinned if thinned else _connection
     options = {"strides": strides, "padding": padding, "dilation_rate": dilation_rate}
     if execution == "sparse":
-        return product(inputs, kernel, kept, options)
+        return finish(product(inputs, kernel, kept, options))
     shape, strided = tuple(kernel.shape), max(strides) > 1
     if break_even(shape, math.inf, strided, thinned) <= 0:
-        return dense(inputs, kernel)
+        return finish(dense(inputs, kernel))
     pixels = _output_pixels(inputs, shape[:2], **options)
     limit = tf.cast(break_even(shape, pixels, strided, thinned), tf.float32)
     density = tf.reduce_mean(tf.cast(kept, tf.float32))
     return tf.cond(
         density < limit,
-        lambda: product(inputs, kernel, kept, options),
-        lambda: dense(inputs, kernel),
+        lambda: finish(product(inputs, kernel, kept, options)),
+        lambda: finish(dense(inputs, kernel)),
     )
 
 

@@ -136,12 +136,38 @@ class SparseConv2D(BaseSparse, keras.layers.Conv2D):
         self._execution = value
 
     def call(self, inputs, training=None):
-        convolve = self._sparse_convolution(inputs) if training is True else None
-        if convolve is None:
+        if training is not True or not self._runs_sparse(inputs):
             return super().call(inputs)
-        outputs = convolve()
-        if self.bias is not None:
-            outputs = ops.add(outputs, self.bias)
+        _, convolve = self._training_engine
+        # A layer as activation may hold state, which must not be made in one of two branches.
+        apart = isinstance(self.activation, keras.Layer)
+        outputs = convolve(
+            inputs,
+            self.kernel,
+            ops.convert_to_tensor(self.mask),
+            self.convolution_op,
+            self._add_bias if apart else lambda outputs: self._activate(self._add_bias(outputs)),
+            execution=self.execution,
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+        )
+        return self._activate(outputs) if apart else outputs
+
+    def _runs_sparse(self, inputs):
+        """Return whether the compiled ops take this call and this layer; the density is another matter."""
+        own = type(self).convolution_op is not SparseConv2D.convolution_op  # a subclass means what it computes
+        single = self.compute_dtype == self.variable_dtype == "float32"
+        if self._training_engine is None or self.execution == "dense" or own or not single:
+            return False
+        is_supported, _ = self._training_engine
+        return self.data_format == "channels_last" and self.groups == 1 and is_supported(inputs)
+
+    def _add_bias(self, outputs):
+        # In the form in which Keras adds it: TensorFlow fuses that into its convolution.
+        return outputs if self.bias is None else ops.add(outputs, ops.reshape(self.bias, (1, 1, 1, self.filters)))
+
+    def _activate(self, outputs):
         return outputs if self.activation is None else self.activation(outputs)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
@@ -149,23 +175,3 @@ class SparseConv2D(BaseSparse, keras.layers.Conv2D):
         training = kwargs.pop("training", None)
         call = super().rematerialized_call(lambda *a, **k: layer_call(*a, training=training, **k), *args, **kwargs)
         return lambda *a, training=None, **k: call(*a, **k)
-
-    def _sparse_convolution(self, inputs):
-        """Return the convolution of the inputs as a function, or `None` where it is to be Keras's own."""
-        own = type(self).convolution_op is not SparseConv2D.convolution_op  # a subclass means what it computes
-        single = self.compute_dtype == self.variable_dtype == "float32"
-        if self._training_engine is None or self.execution == "dense" or own or not single:
-            return None
-        is_supported, convolve = self._training_engine
-        if self.data_format != "channels_last" or self.groups != 1 or not is_supported(inputs):
-            return None
-        return lambda: convolve(
-            inputs,
-            self.kernel,
-            ops.convert_to_tensor(self.mask),
-            self.convolution_op,
-            execution=self.execution,
-            strides=self.strides,
-            padding=self.padding,
-            dilation_rate=self.dilation_rate,
-        )

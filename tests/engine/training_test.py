@@ -379,6 +379,20 @@ def test_rematerialization(mode, sparse_steps):
     assert_same_weights(*models)
 
 
+def test_activation_that_is_a_layer_with_weights(sparse_steps):
+    models = []
+    for execution in ("auto", "dense"):
+        layer = SparseConv2D(16, 3, activation=keras.layers.PReLU(shared_axes=[1, 2], alpha_initializer="ones"))
+        models.append(keras.Sequential([keras.Input((12, 12, 3)), layer, keras.layers.GlobalAveragePooling2D()]))
+        layer._kernel.assign(random(layer._kernel.shape))
+        layer.mask.assign(random_mask(layer.mask.shape, 0.9))
+        layer.execution = execution
+        models[-1].compile("sgd", "mse")
+        models[-1].fit(X, np.zeros((16, 16)), epochs=2, shuffle=False, verbose=0)
+    assert len(sparse_steps) == 2
+    assert_same_weights(*models)
+
+
 def test_lora():
     layer = SparseConv2D(7, 3, lora_rank=2)
     x = random((2, 6, 7, 4))
