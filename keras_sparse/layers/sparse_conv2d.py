@@ -27,6 +27,9 @@ class SparseConv2D(BaseSparse, keras.layers.Conv2D):
     layer.kernel  # exactly zero where pruned
     ```
 
+    While it trains on a CPU with TensorFlow, the layer runs the compiled sparse ops whenever its mask is sparse enough
+    for them to win; see `execution`.
+
     Args:
         filters: Number of output channels.
         kernel_size: int or pair, height and width of the kernel.
