@@ -258,13 +258,17 @@ void FindRegions(const Parameters& p, int64_t group, const float* source, Region
   }
 }
 
-constexpr int64_t kPixelsAhead = 2;  // That are fetched while a pixel is packed.
+// What is fetched while a pixel is packed: some way ahead in memory, where the pixels of a row of the
+// plane follow each other, or a later pixel. More would push out of the L1 cache what comes first.
+constexpr int64_t kFloatsAhead = 128;
+constexpr int64_t kPixelsAhead = 2;
 
 // Fills the planes of source channels [begin, end); `planes` is the plane of `begin`. `zeros` is as
 // long as a pixel.
 void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int64_t end,
                 const float* zeros, float* planes) {
   const intptr_t zero = reinterpret_cast<intptr_t>(zeros);
+  const int64_t ahead = p.source_column == p.channels ? kFloatsAhead : kPixelsAhead * p.source_column;
   for (int64_t r = 0; r < p.plane_rows; ++r) {
     int64_t column_begin[kLanes], column_end[kLanes];
     for (int l = 0; l < kLanes; ++l) {
@@ -297,7 +301,7 @@ void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int6
         for (int l = 0; l < kLanes; ++l) {
           const float* pixel = reinterpret_cast<const float*>(pixels[l]) + channel;
           lanes[l] = Load(pixel);
-          __builtin_prefetch(pixel + kPixelsAhead * p.source_column);
+          __builtin_prefetch(pixel + ahead);
         }
         Transpose(lanes);
         float* plane = target + (channel - begin) * p.plane_size;
