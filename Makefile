@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 TFMOT_VENV := .venv-tfmot
+ENGINES_VENV := .venv-engines
+DEEPSPARSE_VENV := .venv-deepsparse
 BIN := $(VENV)/bin
 
 # Which TensorFlow .venv gets. Once made, .venv keeps its own until another is asked for.
@@ -15,6 +17,9 @@ ifneq ($(shell command -v "$${CXX:-c++}" || command -v g++ || command -v clang++
 export KERAS_SPARSE_BUILD ?= require
 endif
 
+# The last that DeepSparse runs on.
+DEEPSPARSE_PYTHON ?= python3.11
+
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check --no-input
 PYTEST = $(BIN)/python -m pytest
 OP_SOURCES := CMakeLists.txt $(shell find custom_ops -type f)
@@ -23,7 +28,7 @@ CXX_FILES = $(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.cu' 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env quickstart test test-slow lint format bazel sanitize tfmot-parity wheel sdist clean FORCE
+.PHONY: help env quickstart test test-slow lint format bazel sanitize tfmot-parity bench-engines wheel sdist clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +67,8 @@ sanitize: env ## run the C++ tests under the address and undefined-behaviour san
 tfmot-parity: $(TFMOT_VENV)/.package ## compare with tensorflow-model-optimization, in .venv-tfmot
 	$(TFMOT_VENV)/bin/python -m pytest -m tfmot tests/tfmot_parity
 
+bench-engines: $(ENGINES_VENV)/.package $(DEEPSPARSE_VENV)/.package ## install other engines for benchmarks/networks.py
+
 wheel: env ## build dist/*.whl for the TensorFlow of .venv
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
@@ -69,7 +76,7 @@ sdist: env ## build dist/*.tar.gz
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(TFMOT_VENV) bazel/local bazel-out build dist keras_sparse.egg-info quickstart_results \
+	rm -rf $(VENV) $(TFMOT_VENV) $(ENGINES_VENV) $(DEEPSPARSE_VENV) bazel/local bazel-out build dist keras_sparse.egg-info quickstart_results \
 	  .pytest_cache .ruff_cache
 	rm -f keras_sparse/ops/_keras_sparse_ops.so keras_sparse/ops/_build_info.json
 
@@ -108,3 +115,14 @@ $(TFMOT_VENV)/.package: $(PACKAGING)
 	  'import ks_tensorflow as t; print(t.of_target_environment().requirement.partition("==")[2])')"
 	@touch $@
 
+$(ENGINES_VENV)/.package: benchmarks/requirements-engines.txt
+	$(call make_venv,$(ENGINES_VENV))
+	$(ENGINES_VENV)/bin/python $(PIP_INSTALL) -r $<
+	@touch $@
+
+# Without Python 3.11 the benchmark goes on without DeepSparse.
+$(DEEPSPARSE_VENV)/.package: benchmarks/requirements-deepsparse.txt
+	@command -v '$(DEEPSPARSE_PYTHON)' >/dev/null || echo "DeepSparse needs Python 3.8 to 3.11, and there is no" \
+	  "$(DEEPSPARSE_PYTHON): it is left out. Elsewhere: make DEEPSPARSE_PYTHON=/path/to/python3.11 bench-engines" >&2
+	@! command -v '$(DEEPSPARSE_PYTHON)' >/dev/null || { $(DEEPSPARSE_PYTHON) -m venv --clear $(DEEPSPARSE_VENV) \
+	  && $(DEEPSPARSE_VENV)/bin/python $(PIP_INSTALL) -r $< && touch $@; }

@@ -18,12 +18,13 @@ import json
 import math
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import common
 
 INTEGERS = ("height", "width", "in_channels", "out_channels", "kernel_height", "kernel_width", "stride", "dilation")
 
@@ -255,25 +256,13 @@ def run_cells(args):
     return {"threads": threads, "peak_gflops": peak, "records": records}
 
 
-def machine():
-    """Describe the machine, as far as it tells."""
-    processor, flags = platform.processor(), []
-    if os.path.exists("/proc/cpuinfo"):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-        all_flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-        flags = [flag for flag in ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni") if flag in all_flags]
-    return {"processor": processor, "flags": flags, "cores": os.cpu_count(), "system": platform.platform()}
-
-
 def print_means(records):
     """Print the geometric mean of the ratios over layers and batch sizes."""
     print(f"\nGeometric means of the ratio\n{'threads':>7s} {'density':>7s} {'cells':>5s} {'mean':>6s} {'worst':>6s}")
     key = lambda r: (r["threads"], -r["density"])  # noqa: E731
     for (threads, density), group in itertools.groupby(sorted(records, key=key), key):
         ratios = [r["ratio"] for r in group]
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        mean = common.geometric_mean(ratios)
         print(f"{threads:7d} {-density:7.3f} {len(ratios):5d} {mean:6.2f} {min(ratios):6.2f}")
 
 
@@ -312,12 +301,7 @@ def main():
     records = [record for run in runs for record in run["records"]]
     print_means(records)
     if args.json:
-        import tensorflow as tf
-
-        result = {"machine": machine(), "tensorflow": tf.__version__, "command": sys.argv, "runs": runs}
-        staging = f"{args.json}.partial"
-        pathlib.Path(staging).write_text(json.dumps(result, indent=1))
-        os.replace(staging, args.json)
+        common.write_result(args.json, {"runs": runs})
 
 
 if __name__ == "__main__":

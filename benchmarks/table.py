@@ -5,16 +5,13 @@ python benchmarks/table.py out.json [more.json ...]
 
 import argparse
 import json
-import math
 import pathlib
+
+from common import geometric_mean
 
 
 def unique(values):
     return list(dict.fromkeys(values))
-
-
-def mean(ratios):
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def table(records):
@@ -36,7 +33,7 @@ def table(records):
         cells = []
         for density in densities:
             group = [v for (layer, d, _), v in ratios.items() if d == density and chosen(layer)]
-            cells.append(f"**{mean(group):.2f}**" if group else "-")
+            cells.append(f"**{geometric_mean(group):.2f}**" if group else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return batches, lines
 
