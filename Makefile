@@ -20,6 +20,10 @@ endif
 # The last that DeepSparse runs on.
 DEEPSPARSE_PYTHON ?= python3.11
 
+# Seconds of `make fuzz`, and its compiler: the newest clang there is.
+FUZZ_SECONDS ?= 60
+CLANG ?= $(or $(shell command -v clang++ || ls -v /usr/bin/clang++-[0-9]* 2>/dev/null | tail -n 1),clang++)
+
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check --no-input
 PYTEST = $(BIN)/python -m pytest
 OP_SOURCES := CMakeLists.txt $(shell find custom_ops -type f)
@@ -28,7 +32,7 @@ CXX_FILES = $(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.cu' 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env quickstart test test-slow lint format bazel sanitize tfmot-parity bench-engines wheel sdist clean FORCE
+.PHONY: help env quickstart test test-slow lint format bazel sanitize fuzz tfmot-parity bench-engines wheel sdist clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,11 +62,26 @@ format: env ## put every source file into the project's style
 bazel: env ## build the op and run the C++ tests with Bazel, offline
 	PYTHON=$(BIN)/python bazel/run.sh
 
-sanitize: env ## run the C++ tests under the address and undefined-behaviour sanitizers (needs GoogleTest)
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DKERAS_SPARSE_BUILD_OP=OFF \
-	  -DKERAS_SPARSE_BUILD_TESTS=ON -DKERAS_SPARSE_SANITIZE=address,undefined
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+# $(call build_native,folder,options): the compute routines and their tests alone, without TensorFlow.
+define build_native
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(1) -G Ninja -DKERAS_SPARSE_BUILD_OP=OFF $(2)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(1)
+endef
+
+sanitize: env ## run the C++ tests under the address, undefined-behaviour and thread sanitizers (needs GoogleTest)
+	$(call build_native,build/sanitize,-DKERAS_SPARSE_BUILD_TESTS=ON -DKERAS_SPARSE_SANITIZE=address$(comma)undefined)
 	build/sanitize/conv2d_test
+	build/sanitize/conv2d_fuzz
+	$(call build_native,build/tsan,-DKERAS_SPARSE_BUILD_TESTS=ON -DKERAS_SPARSE_SANITIZE=thread)
+	build/tsan/conv2d_test --gtest_filter='Threads.*'
+
+fuzz: env ## feed random shapes and tables to the routines for FUZZ_SECONDS (needs clang with libFuzzer)
+	@command -v '$(CLANG)' >/dev/null || { echo "make fuzz needs clang and its libFuzzer, and there is no $(CLANG)." \
+	  "On Debian or Ubuntu: apt-get install clang libclang-rt-14-dev; or make CLANG=/path/to/clang++ fuzz." >&2; exit 1; }
+	$(call build_native,build/fuzz,-DKERAS_SPARSE_BUILD_FUZZ=ON -DCMAKE_CXX_COMPILER=$(CLANG))
+	mkdir -p build/fuzz/corpus
+	build/fuzz/conv2d_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=256 -artifact_prefix=build/fuzz/ \
+	  -print_final_stats=1 build/fuzz/corpus
 
 tfmot-parity: $(TFMOT_VENV)/.package ## compare with tensorflow-model-optimization, in .venv-tfmot
 	$(TFMOT_VENV)/bin/python -m pytest -m tfmot tests/tfmot_parity

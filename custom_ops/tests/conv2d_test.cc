@@ -1,7 +1,8 @@
 // Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
 //
 // Every routine of the list, for every instruction set of this machine, against the scalar
-// reference; independence of the partition of the work; the checks of ks_check_arguments().
+// reference; independence of the partition of the work, also on threads of its own, for the thread
+// sanitizer to watch; the checks of ks_check_arguments().
 
 #include "custom_ops/kernels/conv2d.h"
 
@@ -10,10 +11,12 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -142,6 +145,40 @@ class Problem {
     EXPECT_EQ(memcmp(first.data(), result->data(), first.size() * 4), 0) << routine->name;
     CheckAndFree(memory.table, plan.table_bytes);
     CheckAndFree(memory.filter, plan.filter_bytes);
+    return true;
+  }
+
+  // Runs a routine as the op does: a stage's items go in chunks to whichever thread is free, and
+  // the next stage starts when all are done. Each thread has exactly its own scratch.
+  bool RunOnThreads(const KsRoutine* routine, int threads, int64_t chunk,
+                    std::vector<float>* result) const {
+    KsArguments arguments = arguments_;
+    result->assign(result_size_, std::numeric_limits<float>::quiet_NaN());
+    arguments.output = result->data();
+    KsPlan plan;
+    if (!routine->plan(&arguments, &plan)) return false;
+    void* shared = Allocate(plan.shared_bytes);
+    for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
+      const int64_t items = plan.stages[stage].items;
+      std::atomic<int64_t> next{0};
+      std::vector<std::thread> workers;
+      for (int t = 0; t < threads; ++t) {
+        workers.emplace_back([&] {
+          void* scratch = Allocate(plan.scratch_bytes);
+          while (true) {
+            // Relaxed: the counter must not order what the items do.
+            const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+            if (begin >= items) break;
+            routine->run(&arguments, &plan, stage, begin, std::min(items, begin + chunk), shared,
+                         scratch);
+            std::this_thread::yield();  // So that the others get some, on a single core too.
+          }
+          CheckAndFree(scratch, plan.scratch_bytes);
+        });
+      }
+      for (std::thread& worker : workers) worker.join();
+    }
+    CheckAndFree(shared, plan.shared_bytes);
     return true;
   }
 
@@ -393,6 +430,43 @@ TEST(Routines, Regions) {
     }
   }
   CheckAll(cases);
+}
+
+// What the op does with its thread pool; make sanitize runs these under the thread sanitizer.
+void CheckThreads(const Case& c, int* runs) {
+  SCOPED_TRACE(Describe(c));
+  for (int32_t i = 0; i < ks_num_routines(); ++i) {
+    const KsRoutine* routine = ks_routine(i);
+    SCOPED_TRACE(std::string(routine->name) + " " + routine->isa);
+    const Problem problem(routine->operation, c);
+    std::vector<float> expected, actual;
+    if (!problem.Run(routine, 0, &expected)) continue;
+    for (int64_t chunk : {1, 3}) {
+      ASSERT_TRUE(problem.RunOnThreads(routine, 4, chunk, &actual));
+      ASSERT_TRUE(expected.empty() ||
+                  memcmp(expected.data(), actual.data(), expected.size() * sizeof(float)) == 0)
+          << "The result depends on the threads.";
+      ++*runs;
+    }
+  }
+}
+
+TEST(Threads, AnyThreadTakesAnyChunk) {
+  Case sparse = Same({3, 9, 6, 100, 37, 3, 3});
+  sparse.density = 0.05;
+  Case pointwise = {5, 12, 12, 130, 32, 1, 1};
+  pointwise.density = 0.1;
+  Case parts = Same({40, 8, 8, 70, 20, 3, 3});  // Filter gradients with partial sums.
+  parts.density = 0.1;
+  int runs = 0;
+  for (const Case& c :
+       {sparse, pointwise, parts, Same({1, 13, 14, 20, 19, 3, 3}), Same({2, 13, 11, 5, 40, 1, 7}),
+        Same({17, 4, 4, 33, 16, 5, 5}), Same({3, 15, 18, 17, 19, 3, 3, 2, 2}),
+        Same({3, 15, 18, 17, 19, 3, 3, 1, 1, 2, 2}),
+        Case{2, 9, 10, 4, 5, 3, 3, 2, 2, 1, 1, 5, 4, 7, 0}, Same({2, 30, 41, 24, 24, 3, 3})}) {
+    CheckThreads(c, &runs);
+  }
+  EXPECT_GT(runs, 0);
 }
 
 TEST(Routines, ExplicitPaddings) {
