@@ -319,7 +319,9 @@ void Exaggerate(Bytes* bytes, KsArguments* a) {
 }
 
 void CheckPlan(const Report& report, const KsPlan& plan) {
-  report.Check(plan.shared_bytes >= 0 && plan.scratch_bytes >= 0, "a plan asks for negative bytes");
+  report.Check(plan.table_bytes >= 0 && plan.filter_bytes >= 0 && plan.shared_bytes >= 0 &&
+                   plan.scratch_bytes >= 0,
+               "a plan asks for negative bytes");
   report.Check(plan.num_stages >= 0 && plan.num_stages <= KS_MAX_STAGES, "stages of a plan");
   for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
     const KsStage& s = plan.stages[stage];
@@ -341,8 +343,12 @@ bool Run(const Report& report, const KsRoutine* routine, KsArguments arguments, 
   CheckPlan(report, plan);
   // The shapes are small: a plan that wants this much is a mistake, and would be a slow one.
   constexpr int64_t kMost = int64_t{1} << 28;
-  report.Check(plan.shared_bytes < kMost && plan.scratch_bytes < kMost, "a plan of 256 MiB");
-  PlanMemory shared(plan.shared_bytes), scratch(plan.scratch_bytes);
+  report.Check(plan.table_bytes < kMost && plan.filter_bytes < kMost && plan.shared_bytes < kMost &&
+                   plan.scratch_bytes < kMost,
+               "a plan of 256 MiB");
+  PlanMemory table(plan.table_bytes), filter(plan.filter_bytes), shared(plan.shared_bytes),
+      scratch(plan.scratch_bytes);
+  const KsMemory memory = {table.get(), filter.get(), shared.get(), scratch.get()};
   for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
     const int64_t items = plan.stages[stage].items;
     std::vector<std::pair<int64_t, int64_t>> ranges;
@@ -359,8 +365,7 @@ bool Run(const Report& report, const KsRoutine* routine, KsArguments arguments, 
     int64_t spoils = 64;  // As often as shows a dependence, large scratch in mind.
     for (const auto& range : ranges) {
       if (cut != Cut::kWhole && spoils-- > 0) scratch.Spoil();
-      routine->run(&arguments, &plan, stage, range.first, range.second, shared.get(),
-                   scratch.get());
+      routine->run(&arguments, &plan, stage, range.first, range.second, &memory);
     }
   }
   return true;

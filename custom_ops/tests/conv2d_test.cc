@@ -157,28 +157,31 @@ class Problem {
     arguments.output = result->data();
     KsPlan plan;
     if (!routine->plan(&arguments, &plan)) return false;
-    void* shared = Allocate(plan.shared_bytes);
+    const KsMemory blocks = {Allocate(plan.table_bytes), Allocate(plan.filter_bytes),
+                             Allocate(plan.shared_bytes), nullptr};
     for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
       const int64_t items = plan.stages[stage].items;
       std::atomic<int64_t> next{0};
       std::vector<std::thread> workers;
       for (int t = 0; t < threads; ++t) {
         workers.emplace_back([&] {
-          void* scratch = Allocate(plan.scratch_bytes);
+          KsMemory memory = blocks;
+          memory.scratch = Allocate(plan.scratch_bytes);
           while (true) {
             // Relaxed: the counter must not order what the items do.
             const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
             if (begin >= items) break;
-            routine->run(&arguments, &plan, stage, begin, std::min(items, begin + chunk), shared,
-                         scratch);
+            routine->run(&arguments, &plan, stage, begin, std::min(items, begin + chunk), &memory);
             std::this_thread::yield();  // So that the others get some, on a single core too.
           }
-          CheckAndFree(scratch, plan.scratch_bytes);
+          CheckAndFree(memory.scratch, plan.scratch_bytes);
         });
       }
       for (std::thread& worker : workers) worker.join();
     }
-    CheckAndFree(shared, plan.shared_bytes);
+    CheckAndFree(blocks.table, plan.table_bytes);
+    CheckAndFree(blocks.filter, plan.filter_bytes);
+    CheckAndFree(blocks.shared, plan.shared_bytes);
     return true;
   }
 
