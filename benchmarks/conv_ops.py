@@ -227,7 +227,7 @@ def run_cells(args):
         functions, shapes = cell.functions(args.which)
         # Small cells are repeated within the graph until a call's own cost vanishes beside the sparse op, the shorter
         # one; large cells need no more than 2.
-        unroll = int(min(64, max(2, 4e8 // max(cell.flops, 1))))
+        unroll = int(min(128, max(2, 2e9 // max(cell.flops, 1))))
         seconds = timing.alternate(functions, shapes, unroll=unroll, repeats=args.repeats, budget=args.budget)
         dense = min(seconds["dense_constant"], seconds["dense_argument"])
         rate = cell.flops * (1 if args.which == "forward" else 2) / seconds["sparse"] / 1e9
