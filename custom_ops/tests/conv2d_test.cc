@@ -130,7 +130,11 @@ class Problem {
   }
 
   const KsArguments& arguments() const { return arguments_; }
-  double tolerance() const { return 1e-6 * (8 + 4 * std::sqrt(static_cast<double>(terms_))); }
+  // Each of n additions rounds a partial sum of about sqrt(n): n times the unit roundoff, with room.
+  double tolerance() const {
+    const double n = static_cast<double>(terms_);
+    return 1e-6 * (8 + 4 * std::sqrt(n)) + 1e-7 * n;
+  }
 
   // Runs a routine, its work cut into ranges of `range` items taken backwards when range > 0, with
   // all memory filled with NaN before. Returns false when the routine declines.
