@@ -130,7 +130,8 @@ class Problem {
   }
 
   const KsArguments& arguments() const { return arguments_; }
-  // Each of n additions rounds a partial sum of about sqrt(n): n times the unit roundoff, with room.
+  // Each of n additions rounds a partial sum of about sqrt(n): n times the unit roundoff, with
+  // room.
   double tolerance() const {
     const double n = static_cast<double>(terms_);
     return 1e-6 * (8 + 4 * std::sqrt(n)) + 1e-7 * n;
@@ -429,6 +430,12 @@ TEST(Routines, Regions) {
       c.density = density;
       cases.push_back(c);
       c = {batch, 9, 6, 530, 35, 1, 1};
+      c.density = density;
+      cases.push_back(c);
+      c = {batch, 3, 6, 1024, 20, 1, 1};  // Pixels that are whole pages.
+      c.density = density;
+      cases.push_back(c);
+      c = Same({batch, 9, 8, 70, 35, 1, 1, 2, 3});
       c.density = density;
       cases.push_back(c);
       c = Same({batch, 2, 3, 290, 300, 3, 3});

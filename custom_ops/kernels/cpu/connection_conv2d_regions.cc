@@ -31,11 +31,15 @@ namespace {
 // column: these run as kernels of one row.
 struct Parameters {
   int64_t batch, height, width, channels;  // Of the source.
-  int64_t source_row, source_column;       // Floats from one row (column) of it to the next.
+  int64_t source_image;                    // Floats from one image of it to the next,
+  int64_t source_row, source_column;       // from one row, column of a region to the next.
   int64_t rows, columns, out_channels;     // Of the result.
   int64_t result_row, result_column;
   int64_t kernel_height, kernel_width;
   int64_t pad_top, pad_left;
+  // 1: one tap on one long row of pixels. The lanes are then neighbouring pixels, the columns of a
+  // region kLanes pixels apart, and memory is read and written in one stream.
+  int64_t interleaved;
 
   int64_t region_rows, region_columns;  // Result pixels of a region.
   int64_t regions_high, regions_wide;   // Of an image.
@@ -237,6 +241,18 @@ struct Regions {
 };
 
 void FindRegions(const Parameters& p, int64_t group, const float* source, Regions* regions) {
+  if (p.interleaved) {
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t pixel = group * kLanes * p.region_columns + l;
+      regions->source[l] = reinterpret_cast<intptr_t>(source) + 4 * pixel * p.channels;
+      regions->row_begin[l] = regions->column_begin[l] = 0;
+      regions->row_end[l] = regions->rows[l] = 1;
+      regions->column_end[l] = regions->columns[l] =
+          Min(p.region_columns, Max(0, CeilDiv(p.width - pixel, kLanes)));
+      regions->result[l] = pixel * p.out_channels;
+    }
+    return;
+  }
   for (int64_t l = 0; l < kLanes; ++l) {
     const int64_t region = group * kLanes + l;
     const int64_t column = region % p.regions_wide * p.region_columns;
@@ -244,9 +260,8 @@ void FindRegions(const Parameters& p, int64_t group, const float* source, Region
     const int64_t image = region / p.regions_wide / p.regions_high;
     const bool used = image < p.batch;
     const int64_t y = row + p.origin_row, x = column + p.origin_column;
-    regions->source[l] =
-        reinterpret_cast<intptr_t>(source) +
-        4 * (image * p.height * p.width * p.channels + y * p.source_row + x * p.source_column);
+    regions->source[l] = reinterpret_cast<intptr_t>(source) +
+                         4 * (image * p.source_image + y * p.source_row + x * p.source_column);
     regions->row_begin[l] = Max(0, -y);
     regions->row_end[l] = used ? Min(p.plane_rows, p.height - y) : 0;
     regions->column_begin[l] = Max(0, -x);
@@ -258,19 +273,18 @@ void FindRegions(const Parameters& p, int64_t group, const float* source, Region
   }
 }
 
-// What is fetched while a pixel is packed: some way ahead in memory, where the pixels of a row of
-// the plane follow each other, or a later pixel. More would push out of the L1 cache what comes
-// first.
+// How far ahead of the pixel that is packed memory is fetched, for each lane. More would push out
+// of the L1 cache what comes first.
 constexpr int64_t kFloatsAhead = 128;
-constexpr int64_t kPixelsAhead = 2;
 
 // Fills the planes of source channels [begin, end); `planes` is the plane of `begin`. `zeros` is as
 // long as a pixel.
 void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int64_t end,
                 const float* zeros, float* planes) {
   const intptr_t zero = reinterpret_cast<intptr_t>(zeros);
-  const int64_t ahead =
-      p.source_column == p.channels ? kFloatsAhead : kPixelsAhead * p.source_column;
+  // Floats from here to what comes some way later, in this pixel or in the next one.
+  const int64_t later = p.channels >= kFloatsAhead ? p.source_column - p.channels + kFloatsAhead
+                                                   : kFloatsAhead / p.channels * p.source_column;
   for (int64_t r = 0; r < p.plane_rows; ++r) {
     int64_t column_begin[kLanes], column_end[kLanes];
     for (int l = 0; l < kLanes; ++l) {
@@ -299,6 +313,7 @@ void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int6
         // The last channels overlap those before rather than being fewer.
         const int64_t channel = Min(next, end - kLanes);
         Vec lanes[kLanes];
+        const int64_t ahead = channel + kFloatsAhead < p.channels ? kFloatsAhead : later;
         KS_UNROLL
         for (int l = 0; l < kLanes; ++l) {
           const float* pixel = reinterpret_cast<const float*>(pixels[l]) + channel;
@@ -703,6 +718,10 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   memset(plan, 0, sizeof(*plan));
   p.splits = 1;
   ChooseRegions(kind, arguments.kept, &p);
+  if (p.interleaved) {
+    p.source_column *= kLanes;
+    p.result_column *= kLanes;
+  }
   // A plane is an odd number of cache lines, so that the planes of different channels do not fall
   // into the same cache sets; so are the sums of a channel.
   p.plane_size = (CeilDiv(p.plane_rows * p.plane_columns * kLanes, 16) | 1) * 16;
@@ -884,7 +903,10 @@ Parameters Pass(const KsGeometry& geometry, int64_t height, int64_t width, int64
   if (IsPointwise(geometry)) {  // One row of pixels.
     p.width = p.columns = p.batch * p.height * p.width;
     p.batch = p.height = p.rows = 1;
+    // Neighbouring pixels that are whole pages apart would fall into the same cache set.
+    p.interleaved = channels * 4 % 4096 != 0;
   }
+  p.source_image = p.height * p.width * channels;
   p.source_row = p.width * channels;
   p.source_column = channels;
   p.result_row = p.columns * out_channels;
@@ -901,13 +923,29 @@ bool Takes(const KsGeometry& geometry) {
          (Max(geometry.kernel_height, geometry.kernel_width) > 1 || IsPointwise(geometry));
 }
 
+// One tap that skips pixels: the convolution of the pixels it meets.
+bool IsSubsampled(const KsGeometry& geometry) {
+  return geometry.kernel_height == 1 && geometry.kernel_width == 1 &&
+         Max(geometry.stride_height, geometry.stride_width) > 1 && geometry.pad_top == 0 &&
+         geometry.pad_left == 0 &&
+         (geometry.out_height - 1) * geometry.stride_height < geometry.in_height &&
+         (geometry.out_width - 1) * geometry.stride_width < geometry.in_width;
+}
+
 }  // namespace
 
 int ConnectionConv2DRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
   const KsGeometry& geometry = arguments->geometry;
-  if (!Takes(geometry)) return 0;
+  const bool subsampled = IsSubsampled(geometry);
+  if (!subsampled && !Takes(geometry)) return 0;
   Parameters p = Pass(geometry, geometry.in_height, geometry.in_width, geometry.in_channels,
                       geometry.out_height, geometry.out_width, geometry.out_channels);
+  if (subsampled) {
+    p.height = p.rows;
+    p.width = p.columns;
+    p.source_row *= geometry.stride_height;
+    p.source_column *= geometry.stride_width;
+  }
   p.pad_top = geometry.pad_top;
   p.pad_left = geometry.pad_left;
   PreferWide(&p);
