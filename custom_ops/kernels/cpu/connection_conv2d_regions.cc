@@ -129,7 +129,7 @@ void SumBlock(const Block& block) {
     const float* plane = block.planes + *channel * block.plane_size;
     // The last connection fetches its own plane again.
     const float* next_plane = block.planes + channel[channel + 1 != end] * block.plane_size;
-    const int64_t tap_rows = kTapRows == 1 ? block.kernel_height : kTapRows;
+    const int64_t tap_rows = kTapRows == 1 && kTapColumns > 1 ? block.kernel_height : kTapRows;
     for (int64_t first = 0; first < tap_rows; first += kTapRows) {
       Vec weights[kTapRows][kTapColumns];
       KS_UNROLL
@@ -138,9 +138,12 @@ void SumBlock(const Block& block) {
         for (int j = 0; j < kTapColumns; ++j) weights[i][j] = Splat(filter[i * kTapColumns + j]);
       }
       filter += kTapRows * kTapColumns;
-      // The hardware loses this stream among the loads of planes.
-      const float* ahead = filter + kFilterAhead;
-      __builtin_prefetch(ahead < filter_end ? ahead : filter_end);
+      // The hardware loses this stream among the loads of planes. One weight for a connection is no
+      // stream worth the time.
+      if (kTapColumns > 1) {
+        const float* ahead = filter + kFilterAhead;
+        __builtin_prefetch(ahead < filter_end ? ahead : filter_end);
+      }
       const float* row = plane + first * row_step;
       KS_UNROLL
       for (int q = 0; q < kRows + kTapRows - 1; ++q, row += row_step) {
