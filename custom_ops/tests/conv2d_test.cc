@@ -425,6 +425,17 @@ TEST(Routines, Regions) {
       cases.push_back(Same({batch, size, size + 1, 16, 33, 7, 1}));
       cases.push_back(Same({batch, size, size + 1, 17, 16, 7, 7}));
     }
+    // Images that fit a vector, or just do not.
+    for (int64_t stride : {1, 2}) {
+      cases.push_back(Same({batch, 4, 4, 20, 19, 3, 3, stride, stride}));
+      cases.push_back(Same({batch, 2, 2, 37, 33, 3, 3, stride, stride}));
+      cases.push_back(Same({batch, 1, 5, 16, 40, 2, 3, stride, stride}));
+      cases.push_back(Same({batch, 3, 5, 3, 16, 1, 7, stride, stride}));
+      cases.push_back(Same({batch, 3, 3, 17, 5, 3, 3, stride, stride, 2, 2}));
+      cases.push_back({batch, 4, 4, 20, 19, 3, 3, stride, stride});
+      cases.push_back({batch, 2, 2, 20, 19, 3, 2, stride, stride, 1, 1, 2, 2, 1, 2});
+      cases.push_back(Same({batch, 4, 5, 20, 19, 3, 3, stride, stride}));
+    }
     for (double density : {0.02, 0.5}) {
       Case c = Same({batch, 9, 6, 300, 37, 3, 3});
       c.density = density;
@@ -527,8 +538,9 @@ TEST(Routines, SelectIsTheFirstThatTakesTheArguments) {
   const KsRoutine* routine = ks_select(&problem.arguments(), &plan);
   ASSERT_NE(routine, nullptr);
   EXPECT_STREQ(routine->isa, ks_isa());
-  // A kernel that reaches across 2^30 columns takes no routine's memory.
-  Case far = {1, 4, 4, 3, 4, 2, 2, 1, 1, 1, int64_t{1} << 30};
+  // A kernel that reaches across 2^30 columns takes more memory than a routine may; images that fit
+  // a vector do not count their columns.
+  Case far = {1, 17, 4, 3, 4, 2, 2, 1, 1, 1, int64_t{1} << 30};
   far.pad_right = int64_t{1} << 30;
   for (int operation = 0; operation < KS_NUM_OPERATIONS; ++operation) {
     Problem wide(static_cast<KsOperation>(operation), far);
