@@ -26,7 +26,7 @@ struct Parameters {
   int64_t images;                       // In a vector.
   int64_t vectors;
   int64_t splits;      // Parts of the result's channels.
-  int64_t transposed;  // 1: the gradient. Stage 0 transposes the table, stage 1 the filter.
+  int64_t transposed;  // 1: the gradient, by the transposed table.
 };
 
 #if KS_VECTOR_BYTES == 64 && defined(__AVX512F__)
@@ -166,16 +166,17 @@ int Plan(const KsArguments& arguments, bool transposed, KsPlan* plan) {
   p.splits = Min(CeilDiv(kWantedItems, p.vectors), CeilDiv(p.out_channels, kLanes));
   memset(plan, 0, sizeof(*plan));
   KsStage* stage = plan->stages;
+  stage->items = 1;
+  stage->cost = 2000 + (transposed ? arguments.kept * 10 : 0);
+  stage->prepares = KS_PREPARES_TABLE;
+  ++stage;
+  plan->table_bytes =
+      PieceBytes(1, sizeof(Taps)) + (transposed ? TransposedTableBytes(arguments) : 0);
   if (transposed) {
-    stage->items = 1;
-    stage->cost = 1000 + arguments.kept * 10;
-    stage->prepares = KS_PREPARES_TABLE;
-    ++stage;
     stage->items = TransposeFilterItems(arguments);
     stage->cost = 100 + arguments.kept * taps * 32 / p.out_channels;
     stage->prepares = KS_PREPARES_FILTER;
     ++stage;
-    plan->table_bytes = TransposedTableBytes(arguments);
     plan->filter_bytes = TransposedFilterBytes(arguments);
   }
   stage->items = p.vectors;
@@ -195,19 +196,22 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   const Parameters p = LoadParameters<Parameters>(plan);
   const KsGeometry& g = arguments.geometry;
   Table table = {arguments.row_splits, arguments.input_channels, arguments.filter};
+  TransposedTable transposed = {};
+  Arena arena = {static_cast<char*>(memory->table)};
+  Taps* const taps = arena.Take<Taps>(1);
   if (p.transposed) {
-    Arena arena = {static_cast<char*>(memory->table)};
-    const TransposedTable transposed = PlaceTransposedTable(arguments, &arena, memory->filter);
-    if (stage == 0) {
-      TransposeTable(arguments, transposed);
-      return;
-    }
-    if (stage == 1) {
-      TransposeFilter(arguments, transposed, begin, end, [](int64_t t) { return t; });
-      return;
-    }
-    stage -= 2;
+    transposed = PlaceTransposedTable(arguments, &arena, memory->filter);
     table = {transposed.row_splits, transposed.channels, transposed.filter};
+  }
+  if (stage == 0) {
+    FindTaps(g, p, taps);
+    if (p.transposed) TransposeTable(arguments, transposed);
+    return;
+  }
+  --stage;
+  if (p.transposed && stage-- == 0) {
+    TransposeFilter(arguments, transposed, begin, end, [](int64_t t) { return t; });
+    return;
   }
   float* const planes = static_cast<float*>(memory->shared);
   const int64_t size = p.channels * kLanes;
@@ -217,8 +221,6 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
     }
     return;
   }
-  Taps taps;
-  FindTaps(g, p, &taps);
   const SumFunction sum = FindSum(g.kernel_height * g.kernel_width);
   const int64_t blocks = CeilDiv(p.out_channels, kLanes);
   for (int64_t item = begin; item < end; ++item) {
@@ -227,7 +229,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
     for (int64_t o = PartBegin(blocks, p.splits, split) * kLanes; o < last; o += kLanes) {
       const int64_t count = Min(kLanes, last - o);
       Vec results[kLanes];
-      sum(table, taps, planes + vector * size, o, count, results);
+      sum(table, *taps, planes + vector * size, o, count, results);
       StoreChannels(p, vector, o, count, results, arguments.output);
     }
   }
