@@ -71,6 +71,14 @@ void Forward(const KsArguments& a, int64_t n) {
       a.output[out * g.out_channels + o] += a.filter[w] * a.input[in * g.in_channels + s];
     });
   });
+  for (int64_t e = n * size; e < (n + 1) * size; ++e) {
+    float value = a.output[e];
+    if (a.bias != nullptr) value += a.bias[e % g.out_channels];
+    if (a.residual != nullptr) value += a.residual[e];
+    if (a.activation != KS_LINEAR && value < 0) value = 0;  // NaN stays.
+    if (a.activation == KS_RELU6 && value > 6) value = 6;
+    a.output[e] = value;
+  }
 }
 
 void BackpropInput(const KsArguments& a, int64_t n) {

@@ -137,6 +137,20 @@ class Problem {
     return 1e-6 * (8 + 4 * std::sqrt(n)) + 1e-7 * n;
   }
 
+  // For forward operations. Large enough for ReLU6 to meet both of its bounds.
+  void SetEpilogue(bool bias, bool residual, KsActivation activation) {
+    std::mt19937 random(kSeed + 1);
+    std::normal_distribution<float> normal(1, 5);
+    bias_.resize(bias ? arguments_.geometry.out_channels : 0);
+    residual_.resize(residual ? result_size_ : 0);
+    for (float& value : bias_) value = normal(random);
+    for (float& value : residual_) value = normal(random);
+    arguments_.bias = bias ? bias_.data() : nullptr;
+    arguments_.residual = residual ? residual_.data() : nullptr;
+    arguments_.activation = activation;
+  }
+  void SetInput(float value) { std::fill(input_.begin(), input_.end(), value); }
+
   // Runs a routine, its work cut into ranges of `range` items taken backwards when range > 0, with
   // all memory filled with NaN before. Returns false when the routine declines.
   // Runs it a second time on the blocks prepared by the first, and expects the same.
@@ -244,39 +258,43 @@ class Problem {
 
   KsArguments arguments_;
   std::vector<int32_t> row_splits_, channels_, indices_;
-  std::vector<float> input_, filter_, out_backprop_;
+  std::vector<float> input_, filter_, out_backprop_, bias_, residual_;
   size_t result_size_;
   int64_t terms_;
 };
 
+void CheckProblem(const Problem& problem, int* runs) {
+  const KsOperation operation = problem.arguments().operation;
+  int64_t position;
+  ASSERT_EQ(ks_check_arguments(&problem.arguments(), &position), KS_OK);
+  std::vector<float> expected;
+  for (int32_t i = 0; i < ks_num_routines(); ++i) {
+    const KsRoutine* routine = ks_routine(i);
+    if (routine->operation == operation && strcmp(routine->isa, "reference") == 0) {
+      ASSERT_TRUE(problem.Run(routine, 0, &expected));
+    }
+  }
+  for (int32_t i = 0; i < ks_num_routines(); ++i) {
+    const KsRoutine* routine = ks_routine(i);
+    if (routine->operation != operation || strcmp(routine->isa, "reference") == 0) continue;
+    SCOPED_TRACE(std::string(routine->name) + " " + routine->isa);
+    std::vector<float> actual, again;
+    if (!problem.Run(routine, 0, &actual)) continue;
+    ++*runs;
+    for (size_t e = 0; e < expected.size(); ++e) {
+      ASSERT_NEAR(actual[e], expected[e], problem.tolerance()) << "element " << e;
+    }
+    ASSERT_TRUE(problem.Run(routine, 1, &again));
+    ASSERT_TRUE(actual.empty() ||
+                memcmp(actual.data(), again.data(), actual.size() * sizeof(float)) == 0)
+        << "The result depends on how the work is cut.";
+  }
+}
+
 void CheckRoutines(const Case& c, int* runs) {
   SCOPED_TRACE(Describe(c));
   for (int operation = 0; operation < KS_NUM_OPERATIONS; ++operation) {
-    const Problem problem(static_cast<KsOperation>(operation), c);
-    int64_t position;
-    ASSERT_EQ(ks_check_arguments(&problem.arguments(), &position), KS_OK);
-    std::vector<float> expected;
-    for (int32_t i = 0; i < ks_num_routines(); ++i) {
-      const KsRoutine* routine = ks_routine(i);
-      if (routine->operation == operation && strcmp(routine->isa, "reference") == 0) {
-        ASSERT_TRUE(problem.Run(routine, 0, &expected));
-      }
-    }
-    for (int32_t i = 0; i < ks_num_routines(); ++i) {
-      const KsRoutine* routine = ks_routine(i);
-      if (routine->operation != operation || strcmp(routine->isa, "reference") == 0) continue;
-      SCOPED_TRACE(std::string(routine->name) + " " + routine->isa);
-      std::vector<float> actual, again;
-      if (!problem.Run(routine, 0, &actual)) continue;
-      ++*runs;
-      for (size_t e = 0; e < expected.size(); ++e) {
-        ASSERT_NEAR(actual[e], expected[e], problem.tolerance()) << "element " << e;
-      }
-      ASSERT_TRUE(problem.Run(routine, 1, &again));
-      ASSERT_TRUE(actual.empty() ||
-                  memcmp(actual.data(), again.data(), actual.size() * sizeof(float)) == 0)
-          << "The result depends on how the work is cut.";
-    }
+    CheckProblem(Problem(static_cast<KsOperation>(operation), c), runs);
   }
 }
 
@@ -500,6 +518,67 @@ TEST(Routines, ExplicitPaddings) {
             {2, 9, 10, 4, 5, 1, 1, 1, 1, 1, 1, 1, 0, 0, 2},
             {2, 9, 10, 4, 5, 2, 2, 3, 3, 2, 2, 9, 9, 9, 9},
             {1, 2, 2, 4, 5, 3, 3, 4, 4, 1, 1, 20, 20, 20, 20}});
+}
+
+// Bias, residual and activation in all combinations: odd channels, lanes without a pixel, pixels
+// that no connection feeds, several parts and chunks, sums that are stored past the caches.
+TEST(Routines, Epilogue) {
+  std::vector<Case> cases = {
+      Same({2, 9, 7, 5, 19, 3, 3}),
+      Same({3, 8, 8, 16, 16, 3, 3}),
+      Same({2, 9, 6, 300, 37, 3, 3}),
+      Same({1, 2, 3, 290, 66, 3, 3}),
+      {5, 6, 7, 33, 35, 1, 1},
+      Same({2, 13, 12, 6, 33, 3, 3, 2, 2}),
+      Same({2, 9, 12, 6, 32, 3, 2, 1, 1, 2, 1}),
+      Same({2, 7, 9, 4, 17, 7, 1}),
+      Same({2, 9, 70, 4, 5, 1, 7}),
+      Same({14, 4, 4, 64, 83, 3, 3}),
+      {2, 9, 10, 4, 5, 1, 1, 1, 1, 1, 1, 1, 0, 0, 2},
+      Same({1, 11, 9, 3, 7, 11, 11}),
+      {2, 8, 8, 0, 4, 3, 3},
+  };
+  Case c = Same({2, 10, 11, 18, 21, 3, 3});
+  c.density = 0;
+  cases.push_back(c);
+  c = Same({33, 32, 32, 2, 64, 3, 3});
+  cases.push_back(c);
+  c.out_channels = 67;
+  cases.push_back(c);
+  for (const Case& each : cases) {
+    SCOPED_TRACE(Describe(each));
+    for (int choice = 0; choice < 12; ++choice) {
+      const bool bias = choice & 1, residual = choice & 2;
+      const KsActivation activation = static_cast<KsActivation>(choice / 4);
+      SCOPED_TRACE("bias " + std::to_string(bias) + ", residual " + std::to_string(residual) +
+                   ", activation " + std::to_string(activation));
+      if (each.batch > 30 && choice % 4 != 3) continue;  // Large.
+      for (KsOperation operation : {KS_CONNECTION_CONV2D, KS_THINNED_CONV2D}) {
+        Problem problem(operation, each);
+        problem.SetEpilogue(bias, residual, activation);
+        int runs = 0;
+        CheckProblem(problem, &runs);
+        EXPECT_GT(runs, 0);
+      }
+    }
+  }
+}
+
+TEST(Routines, EpilogueKeepsNan) {
+  for (KsOperation operation : {KS_CONNECTION_CONV2D, KS_THINNED_CONV2D}) {
+    for (KsActivation activation : {KS_LINEAR, KS_RELU, KS_RELU6}) {
+      Problem problem(operation, Same({2, 9, 7, 5, 19, 3, 3, 1, 1, 1, 1, 0, 0, 0, 0, 1.0}));
+      problem.SetEpilogue(true, true, activation);
+      problem.SetInput(std::numeric_limits<float>::quiet_NaN());
+      for (int32_t i = 0; i < ks_num_routines(); ++i) {
+        std::vector<float> result;
+        if (ks_routine(i)->operation != operation || !problem.Run(ks_routine(i), 0, &result)) {
+          continue;
+        }
+        for (float value : result) ASSERT_TRUE(std::isnan(value)) << ks_routine(i)->name;
+      }
+    }
+  }
 }
 
 TEST(Routines, Densities) {

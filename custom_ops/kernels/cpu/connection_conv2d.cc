@@ -11,6 +11,7 @@
 // A block of grid rows x vectors stays in registers while it runs over the connections of an output
 // channel; kLanes output channels are then transposed, so that NHWC stores are whole vectors.
 
+#include "custom_ops/kernels/cpu/epilogue.h"
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
 #include "custom_ops/kernels/cpu/transposed_table.h"
@@ -222,6 +223,25 @@ KS_INLINE void StorePixels(const Vec (&pixels)[kLanes], const int64_t* map, int6
   }
 }
 
+// Applies the epilogue to what StorePixels() stores: `channels` channels from `first` on, at
+// `offset` in the output.
+KS_INLINE void FinishPixels(const Epilogue& epilogue, const int64_t* map, int64_t first,
+                            int64_t channels, int64_t offset, Vec (&pixels)[kLanes]) {
+  if (epilogue.bias != nullptr) {
+    const Vec bias = LoadFirst(epilogue.bias + first, channels);
+    KS_UNROLL
+    for (int i = 0; i < kLanes; ++i) pixels[i] += bias;
+  }
+  if (epilogue.residual != nullptr) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (map[i] >= 0) pixels[i] += LoadFirst(epilogue.residual + offset + map[i], channels);
+    }
+  }
+  const Vec least = Splat(epilogue.least), most = Splat(epilogue.most);
+  KS_UNROLL
+  for (int i = 0; i < kLanes; ++i) pixels[i] = Clamp(pixels[i], least, most);
+}
+
 // Computes result channels [channel_begin, channel_end) of one tile from its planes.
 void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Table& table,
                  const Taps& taps, int64_t tile_index, int64_t channel_begin, int64_t channel_end,
@@ -251,6 +271,7 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
     if (geometry.kernel_width == 3) kind = kThreeByThree;
     if (geometry.kernel_width == 1) kind = kThreeByOne;
   }
+  const Epilogue epilogue = MakeEpilogue(arguments);
   BlockFunctions functions;
   FillBlockFunctions<1, kMaxRows>::Run(&functions);
   if (kMaxVectors > 1) FillBlockFunctions<kMaxVectors, kMaxRows>::Run(&functions);
@@ -295,8 +316,8 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
             const int64_t y =
                 (first_row + row) * result.step_height + phase_row - result.origin_height;
             if (y < 0 || y >= result.height) continue;
-            float* target =
-                output + (first_image * result.height + y) * result.width * result.channels + o;
+            const int64_t offset =
+                (first_image * result.height + y) * result.width * result.channels + o;
             for (int64_t v = 0; v < block_vectors; ++v) {
               Vec lanes[kLanes];
               KS_UNROLL
@@ -305,7 +326,8 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
               }
               Transpose(lanes);
               const int64_t* map = column_map + (flat ? line + r : vector + v) * kLanes;
-              StorePixels(lanes, map, block_channels, target);
+              if (epilogue.used) FinishPixels(epilogue, map, o, block_channels, offset, lanes);
+              StorePixels(lanes, map, block_channels, output + offset);
             }
           }
         }

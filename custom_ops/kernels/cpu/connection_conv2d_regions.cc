@@ -19,6 +19,7 @@
 // sums then pass through memory from part to part. The gradient with respect to the input is the
 // same convolution of out_backprop over the transposed table with flipped taps.
 
+#include "custom_ops/kernels/cpu/epilogue.h"
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
 #include "custom_ops/kernels/cpu/transposed_table.h"
@@ -350,20 +351,26 @@ void FetchBlock(const Parameters& p, const Regions& regions, int64_t first_row,
 
 // Stores the sums of a block of rows x columns pixels from (first_row, first_column) of the regions
 // on: those of result channel begin + i are at sums + i * stride. Pixels outside the images go to
-// `sink`, as long as a pixel. kStream: past the caches.
-template <bool kStream>
+// `sink`, as long as a pixel. kStream: past the caches. kFinish: with the epilogue.
+template <bool kStream, bool kFinish>
 void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
                 int64_t first_column, int64_t rows, int64_t columns, int64_t begin, int64_t end,
-                const float* sums, int64_t stride, float* sink, float* output) {
+                const float* sums, int64_t stride, const Epilogue& epilogue, float* sink,
+                float* output) {
   const intptr_t sink_address = reinterpret_cast<intptr_t>(sink);
+  const intptr_t residual = reinterpret_cast<intptr_t>(epilogue.residual);
+  const Vec least = Splat(epilogue.least), most = Splat(epilogue.most);
   for (int64_t r = first_row; r < first_row + rows; ++r) {
     for (int64_t c = first_column; c < first_column + columns; ++c, sums += kLanes) {
       const intptr_t target =
           reinterpret_cast<intptr_t>(output) + 4 * (r * p.result_row + c * p.result_column);
-      intptr_t pixels[kLanes];
+      const intptr_t source = residual + 4 * (r * p.result_row + c * p.result_column);
+      intptr_t pixels[kLanes], residuals[kLanes];
       for (int l = 0; l < kLanes; ++l) {
         const bool inside = r < regions.rows[l] && c < regions.columns[l];
         pixels[l] = inside ? target + 4 * regions.result[l] : sink_address;
+        // A lane without a pixel reads the first one.
+        if (kFinish) residuals[l] = inside ? source + 4 * regions.result[l] : residual;
       }
       const float* from = sums;
       for (int64_t channel = begin; channel < end; channel += kLanes, from += kLanes * stride) {
@@ -371,6 +378,27 @@ void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
         KS_UNROLL
         for (int l = 0; l < kLanes; ++l) lanes[l] = Load(from + l * stride);
         Transpose(lanes);
+        if (kFinish) {
+          const int64_t count = Min(kLanes, end - channel);
+          if (epilogue.bias != nullptr) {
+            const Vec bias = count == kLanes ? Load(epilogue.bias + channel)
+                                             : LoadFirst(epilogue.bias + channel, count);
+            KS_UNROLL
+            for (int l = 0; l < kLanes; ++l) lanes[l] += bias;
+          }
+          if (epilogue.residual != nullptr && count == kLanes) {
+            KS_UNROLL
+            for (int l = 0; l < kLanes; ++l) {
+              lanes[l] += Load(reinterpret_cast<const float*>(residuals[l]) + channel);
+            }
+          } else if (epilogue.residual != nullptr) {
+            for (int l = 0; l < kLanes; ++l) {
+              lanes[l] += LoadFirst(reinterpret_cast<const float*>(residuals[l]) + channel, count);
+            }
+          }
+          KS_UNROLL
+          for (int l = 0; l < kLanes; ++l) lanes[l] = Clamp(lanes[l], least, most);
+        }
         if (end - channel >= kLanes) {
           KS_UNROLL
           for (int l = 0; l < kLanes; ++l) {
@@ -489,6 +517,7 @@ struct Work {
   float* zeros;  // [channels of the source]
   float* sink;   // [channels of the result]
   float* output;
+  Epilogue epilogue;
   bool stream;  // Stores go past the caches.
 };
 
@@ -538,6 +567,8 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
                         [columns - p.region_columns / p.blocks_wide][edge];
       if (p.parts == 1 && !work.stream)
         FetchBlock(p, work.regions, row, column, rows, columns, begin, work.output);
+      if (p.parts == 1 && work.epilogue.residual != nullptr)
+        FetchBlock(p, work.regions, row, column, rows, columns, begin, work.epilogue.residual);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t o = order[k];
         if (k + kResultsAhead < end) {
@@ -551,9 +582,12 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
         if (block.connections > 0 || !block.accumulate) function(block);
       }
       if (part == p.parts - 1) {
-        (work.stream ? StoreBlock<true> : StoreBlock<false>)(p, work.regions, row, column, rows,
-                                                             columns, begin, end, sums,
-                                                             p.tile_stride, work.sink, work.output);
+        const bool finish = work.epilogue.used;
+        const auto store = work.stream
+                               ? (finish ? StoreBlock<true, true> : StoreBlock<true, false>)
+                               : (finish ? StoreBlock<false, true> : StoreBlock<false, false>);
+        store(p, work.regions, row, column, rows, columns, begin, end, sums, p.tile_stride,
+              work.epilogue, work.sink, work.output);
       }
       if (p.parts > 1) sums += rows * columns * kLanes;
     }
@@ -787,6 +821,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   Work work;
   work.p = LoadParameters<Parameters>(plan);
   work.output = arguments.output;
+  work.epilogue = MakeEpilogue(arguments);
   const Parameters& p = work.p;
   const int64_t pixels = p.batch * p.rows * p.columns;
   work.stream = pixels * p.out_channels * 4 >= kStreamFrom && p.out_channels % kLanes == 0 &&

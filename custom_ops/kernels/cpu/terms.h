@@ -13,6 +13,7 @@
 #define KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_TERMS_H_
 
 #include "custom_ops/kernels/conv2d.h"
+#include "custom_ops/kernels/cpu/epilogue.h"
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/vector.h"
 
@@ -42,7 +43,19 @@ struct Sums {
   float* out;
   int64_t out_stride;  // Floats between points.
   bool add;            // To what `out` holds.
+  // With its pointers at the place of `out`, or null: these sums are not the last.
+  const Epilogue* epilogue = nullptr;
 };
+
+// The finished vector at `offset` in the sums of point p.
+KS_INLINE Vec FinishVector(const Sums& sums, Vec sum, int64_t p, int64_t offset) {
+  const Epilogue& epilogue = *sums.epilogue;
+  if (epilogue.bias != nullptr) sum += Load(epilogue.bias + offset);
+  if (epilogue.residual != nullptr) {
+    sum += Load(epilogue.residual + p * sums.out_stride + offset);
+  }
+  return Clamp(sum, Splat(epilogue.least), Splat(epilogue.most));
+}
 
 template <int kCount, int kVectors>
 void SumTerms(const Sums& sums, const float* const* points) {
@@ -75,6 +88,15 @@ void SumTerms(const Sums& sums, const float* const* points) {
       KS_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         block[p][v] += Load(sums.out + p * sums.out_stride + v * kLanes);
+      }
+    }
+  }
+  if (sums.epilogue != nullptr) {
+    KS_UNROLL
+    for (int p = 0; p < kCount; ++p) {
+      KS_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        block[p][v] = FinishVector(sums, block[p][v], p, v * kLanes);
       }
     }
   }
@@ -138,6 +160,9 @@ KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, cons
   float* const out = sums.out;
   const int64_t out_stride = sums.out_stride;
   const int64_t ahead = sums.ahead;
+  const Epilogue* const whole = sums.epilogue;
+  Epilogue epilogue = {};  // Of a block.
+  if (whole != nullptr) epilogue = *whole;
   const bool ragged = panel.channels < panel.vectors * kLanes;
   float lanes[kMostPoints * kPanelVectors * kLanes];
   for (int64_t b = 0; b < blocks; ++b) {
@@ -147,11 +172,16 @@ KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, cons
     for (int64_t p = 0; p < here; ++p) points[p] = x + offsets[first + p];
     sums.out = out + first * out_stride;
     sums.ahead = ahead + b % (panel.vectors * kLanes / 16 + 1) * 16;
+    if (whole != nullptr && whole->residual != nullptr) {
+      epilogue.residual = whole->residual + first * out_stride;
+    }
     if (!ragged) {
+      if (whole != nullptr) sums.epilogue = &epilogue;
       functions.of[panel.vectors][here](sums, points);
       continue;
     }
     float* const target = sums.out;
+    sums.epilogue = nullptr;
     sums.out = lanes;
     sums.out_stride = panel.vectors * kLanes;
     if (sums.add) {
@@ -165,7 +195,13 @@ KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, cons
     functions.of[panel.vectors][here](sums, points);
     for (int64_t p = 0; p < here; ++p) {
       for (int64_t c = 0; c < panel.channels; ++c) {
-        target[p * out_stride + c] = lanes[p * sums.out_stride + c];
+        float sum = lanes[p * sums.out_stride + c];
+        if (whole != nullptr) {
+          if (whole->bias != nullptr) sum += whole->bias[c];
+          if (whole->residual != nullptr) sum += epilogue.residual[p * out_stride + c];
+          sum = Clamp(sum, whole->least, whole->most);
+        }
+        target[p * out_stride + c] = sum;
       }
     }
   }

@@ -141,6 +141,10 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters,
           arguments.output + tile.first_pixel * panels.channels + panel.first_vector * kLanes;
       sums.out_stride = panels.channels;
       sums.add = chunk > 0;
+      Epilogue epilogue = MakeEpilogue(arguments);
+      if (epilogue.bias != nullptr) epilogue.bias += panel.first_vector * kLanes;
+      if (epilogue.residual != nullptr) epilogue.residual += sums.out - arguments.output;
+      sums.epilogue = epilogue.used && chunk == chunks - 1 ? &epilogue : nullptr;
       SumPoints(functions, panel, x, prepared.offsets, tile.pixels, sums);
     }
   }

@@ -82,6 +82,13 @@ KS_INLINE void StoreFirst(float* p, Vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
+// The first `count` lanes, zeros in the others.
+KS_INLINE Vec LoadFirst(const float* p, int64_t count) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return Load(lanes);
+}
+
 template <int... kIndex>
 struct Lanes {};
 #if KS_VECTOR_BYTES == 64
