@@ -77,6 +77,26 @@ absl::Status CheckKernelSize(const std::vector<int64_t>& kernel_size,
   return CheckPair("kernel_size", kernel_size, attributes->kernel_size);
 }
 
+absl::Status CheckEpilogue(int64_t num_bias, int64_t num_residual, const std::string& activation,
+                           EpilogueAttributes* attributes) {
+  if (num_bias < 0 || num_bias > 1) {
+    return InvalidArgument("bias must be a list of at most one tensor, received ", num_bias);
+  }
+  if (num_residual < 0 || num_residual > 1) {
+    return InvalidArgument("residual must be a list of at most one tensor, received ",
+                           num_residual);
+  }
+  *attributes = {num_bias, num_residual, KS_LINEAR};
+  if (activation == "relu") {
+    attributes->activation = KS_RELU;
+  } else if (activation == "relu6") {
+    attributes->activation = KS_RELU6;
+  } else if (activation != "linear") {
+    return InvalidArgument("activation must be linear, relu or relu6, received ", activation);
+  }
+  return absl::OkStatus();
+}
+
 absl::Status OutputSize(const Conv2DAttributes& attributes, int axis, int64_t input_size,
                         int64_t kernel_size, int64_t* output_size, int64_t* pad_before) {
   const char* name = axis == 0 ? "height" : "width";

@@ -1,6 +1,6 @@
 // Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
 //
-// What the six convolution ops share: their attributes, and the size rules of a convolution.
+// What the convolution ops share: their attributes, and the size rules of a convolution.
 
 #ifndef KERAS_SPARSE_CUSTOM_OPS_TENSORFLOW_CONV2D_ATTRIBUTES_H_
 #define KERAS_SPARSE_CUSTOM_OPS_TENSORFLOW_CONV2D_ATTRIBUTES_H_
@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "custom_ops/kernels/conv2d.h"
 
 namespace keras_sparse {
 
@@ -54,6 +55,26 @@ absl::Status ReadAttributes(Context* context, bool has_kernel_size, Conv2DAttrib
     status = context->GetAttr("kernel_size", &kernel_size);
     if (status.ok()) status = CheckKernelSize(kernel_size, attributes);
   }
+  return status;
+}
+
+// Of the fused ops. An input that may be missing is a list of at most one tensor.
+struct EpilogueAttributes {
+  int64_t num_bias, num_residual;
+  KsActivation activation;
+};
+
+absl::Status CheckEpilogue(int64_t num_bias, int64_t num_residual, const std::string& activation,
+                           EpilogueAttributes* attributes);
+
+template <typename Context>
+absl::Status ReadEpilogue(Context* context, EpilogueAttributes* attributes) {
+  int64_t num_bias, num_residual;
+  std::string activation;
+  absl::Status status = context->GetAttr("num_bias", &num_bias);
+  if (status.ok()) status = context->GetAttr("num_residual", &num_residual);
+  if (status.ok()) status = context->GetAttr("activation", &activation);
+  if (status.ok()) status = CheckEpilogue(num_bias, num_residual, activation, attributes);
   return status;
 }
 

@@ -244,11 +244,13 @@ absl::Status TableError(KsStatus status, const KsArguments& arguments, int64_t p
       " output channels");
 }
 
-template <KsOperation kOperation>
+// kFused: with a bias, a residual and an activation.
+template <KsOperation kOperation, bool kFused = false>
 class Conv2DOp : public OpKernel {
  public:
   explicit Conv2DOp(OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, ReadAttributes(context, kHasKernelSize, &attributes_));
+    if (kFused) OP_REQUIRES_OK(context, ReadEpilogue(context, &epilogue_));
   }
 
   void Compute(OpKernelContext* context) override { OP_REQUIRES_OK(context, Run(context)); }
@@ -292,6 +294,13 @@ class Conv2DOp : public OpKernel {
     if (!kForward) {
       status = ReadOutBackprop(context->input(next++), &arguments);
       if (!status.ok()) return status;
+    }
+    if (kFused) {
+      if (epilogue_.num_bias > 0) status = ReadBias(context->input(next++), &arguments);
+      if (!status.ok()) return status;
+      if (epilogue_.num_residual > 0) status = ReadResidual(context->input(next++), &arguments);
+      if (!status.ok()) return status;
+      arguments.activation = epilogue_.activation;
     }
 
     std::shared_ptr<const Prepared> prepared;
@@ -499,7 +508,33 @@ class Conv2DOp : public OpKernel {
     return absl::OkStatus();
   }
 
+  static absl::Status ReadBias(const Tensor& bias, KsArguments* arguments) {
+    const absl::Status status = CheckRank(bias, "bias", 1);
+    if (!status.ok()) return status;
+    if (bias.NumElements() != arguments->geometry.out_channels) {
+      return InvalidArgument("bias must have a value for each output channel, ",
+                             arguments->geometry.out_channels, ", received ", bias.NumElements());
+    }
+    arguments->bias = bias.flat<float>().data();
+    return absl::OkStatus();
+  }
+
+  static absl::Status ReadResidual(const Tensor& residual, KsArguments* arguments) {
+    const absl::Status status = CheckRank(residual, "residual", 4);
+    if (!status.ok()) return status;
+    const KsGeometry& g = arguments->geometry;
+    if (residual.dim_size(0) != g.batch || residual.dim_size(1) != g.out_height ||
+        residual.dim_size(2) != g.out_width || residual.dim_size(3) != g.out_channels) {
+      return InvalidArgument("residual must have the shape of the convolution's output, [", g.batch,
+                             ",", g.out_height, ",", g.out_width, ",", g.out_channels,
+                             "], received ", residual.shape().DebugString());
+    }
+    arguments->residual = residual.flat<float>().data();
+    return absl::OkStatus();
+  }
+
   Conv2DAttributes attributes_;
+  EpilogueAttributes epilogue_ = {};
 
   // From the call before. A constant table, or one that changes now and then, is prepared once; a
   // filter as well, until it has changed kMostChanges times in a row: holding on to weights that
@@ -511,13 +546,15 @@ class Conv2DOp : public OpKernel {
   int changes_ = 0;
 };
 
-#define KS_REGISTER_KERNEL(name, operation) \
-  REGISTER_KERNEL_BUILDER(Name("KerasSparse>" name).Device(DEVICE_CPU), Conv2DOp<operation>)
+#define KS_REGISTER_KERNEL(name, ...) \
+  REGISTER_KERNEL_BUILDER(Name("KerasSparse>" name).Device(DEVICE_CPU), Conv2DOp<__VA_ARGS__>)
 
 KS_REGISTER_KERNEL("ConnectionConv2D", KS_CONNECTION_CONV2D);
+KS_REGISTER_KERNEL("FusedConnectionConv2D", KS_CONNECTION_CONV2D, true);
 KS_REGISTER_KERNEL("ConnectionConv2DBackpropInput", KS_CONNECTION_CONV2D_BACKPROP_INPUT);
 KS_REGISTER_KERNEL("ConnectionConv2DBackpropFilter", KS_CONNECTION_CONV2D_BACKPROP_FILTER);
 KS_REGISTER_KERNEL("ThinnedConv2D", KS_THINNED_CONV2D);
+KS_REGISTER_KERNEL("FusedThinnedConv2D", KS_THINNED_CONV2D, true);
 KS_REGISTER_KERNEL("ThinnedConv2DBackpropInput", KS_THINNED_CONV2D_BACKPROP_INPUT);
 KS_REGISTER_KERNEL("ThinnedConv2DBackpropFilter", KS_THINNED_CONV2D_BACKPROP_FILTER);
 

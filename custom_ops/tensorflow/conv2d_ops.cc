@@ -67,7 +67,35 @@ absl::Status TableChannels(InferenceContext* c, ShapeHandle row_splits, Dimensio
 // Which inputs an op has, and where; -1: not there.
 struct Inputs {
   int input, input_sizes, filter, row_splits, input_channels, indices, out_backprop;
+  int epilogue;  // The first of what the fused ops take beside.
 };
+
+// Checks the inputs of an epilogue, the first of which is input `next`, against the output of the
+// convolution, and sharpens that with what they tell of it.
+absl::Status InferEpilogue(InferenceContext* c, int next, ShapeHandle* output) {
+  EpilogueAttributes attributes;
+  KS_RETURN_IF_ERROR(ReadEpilogue(c, &attributes));
+  if (attributes.num_bias > 0) {
+    ShapeHandle bias;
+    DimensionHandle channels;
+    KS_RETURN_IF_ERROR(InputOfRank(c, next++, "bias", 1, &bias));
+    KS_RETURN_IF_ERROR(MergeDimensions(c, c->Dim(bias, 0), c->Dim(*output, 3),
+                                       "bias must have a value for each output channel",
+                                       &channels));
+    KS_RETURN_IF_ERROR(c->ReplaceDim(*output, 3, channels, output));
+  }
+  if (attributes.num_residual > 0) {
+    ShapeHandle residual;
+    KS_RETURN_IF_ERROR(InputOfRank(c, next, "residual", 4, &residual));
+    if (!c->Merge(*output, residual, &residual).ok()) {
+      return InvalidArgument("residual must have the shape of the convolution's output, ",
+                             c->DebugString(*output), ", received ",
+                             c->DebugString(c->input(next)));
+    }
+    *output = residual;
+  }
+  return absl::OkStatus();
+}
 
 absl::Status InferShape(InferenceContext* c, const Inputs& at) {
   const bool table = at.row_splits >= 0;
@@ -137,7 +165,9 @@ absl::Status InferShape(InferenceContext* c, const Inputs& at) {
   }
 
   if (at.out_backprop < 0) {
-    c->set_output(0, c->MakeShape({c->Dim(input, 0), out_size[0], out_size[1], out_channels}));
+    ShapeHandle output = c->MakeShape({c->Dim(input, 0), out_size[0], out_size[1], out_channels});
+    if (at.epilogue >= 0) KS_RETURN_IF_ERROR(InferEpilogue(c, at.epilogue, &output));
+    c->set_output(0, output);
     return absl::OkStatus();
   }
   ShapeHandle out;
@@ -166,10 +196,10 @@ absl::Status InferShape(InferenceContext* c, const Inputs& at) {
 }
 
 template <int kInput, int kInputSizes, int kFilter, int kRowSplits, int kInputChannels,
-          int kIndices, int kOutBackprop>
+          int kIndices, int kOutBackprop, int kEpilogue = -1>
 absl::Status InferShapeWith(InferenceContext* c) {
-  return InferShape(
-      c, {kInput, kInputSizes, kFilter, kRowSplits, kInputChannels, kIndices, kOutBackprop});
+  return InferShape(c, {kInput, kInputSizes, kFilter, kRowSplits, kInputChannels, kIndices,
+                        kOutBackprop, kEpilogue});
 }
 
 #define KS_COMMON_ATTRIBUTES                          \
@@ -177,6 +207,13 @@ absl::Status InferShapeWith(InferenceContext* c) {
       .Attr("dilations: list(int) = [1, 1]")          \
       .Attr("padding: {'SAME', 'VALID', 'EXPLICIT'}") \
       .Attr("explicit_paddings: list(int) = []")
+
+// An op that takes inputs which may be missing has them as lists, which may be empty.
+#define KS_EPILOGUE_INPUTS Input("bias: num_bias * float").Input("residual: num_residual * float")
+#define KS_EPILOGUE_ATTRIBUTES            \
+  Attr("num_bias: int >= 0 = 0")          \
+      .Attr("num_residual: int >= 0 = 0") \
+      .Attr("activation: {'linear', 'relu', 'relu6'} = 'linear'")
 
 REGISTER_OP("KerasSparse>ConnectionConv2D")
     .Input("input: float")
@@ -196,6 +233,21 @@ output: [batch, out_height, out_width, out_channels].
 strides: Along height and width.
 dilations: Along height and width.
 explicit_paddings: Top, bottom, left, right; with padding EXPLICIT only.
+)doc");
+
+REGISTER_OP("KerasSparse>FusedConnectionConv2D")
+    .Input("input: float")
+    .Input("filter: float")
+    .Input("row_splits: int32")
+    .Input("input_channels: int32")
+    .KS_EPILOGUE_INPUTS.Output("output: float")
+    .KS_EPILOGUE_ATTRIBUTES.KS_COMMON_ATTRIBUTES
+    .SetShapeFn(InferShapeWith<0, -1, 1, 2, 3, -1, -1, 4>)
+    .Doc(R"doc(
+activation(KerasSparse>ConnectionConv2D + bias + residual), in one pass.
+
+bias: At most one, [out_channels].
+residual: At most one, shaped as the output.
 )doc");
 
 REGISTER_OP("KerasSparse>ConnectionConv2DBackpropInput")
@@ -237,6 +289,21 @@ kernel_size: Kernel height and width.
 strides: Along height and width.
 dilations: Along height and width.
 explicit_paddings: Top, bottom, left, right; with padding EXPLICIT only.
+)doc");
+
+REGISTER_OP("KerasSparse>FusedThinnedConv2D")
+    .Input("input: float")
+    .Input("filter: float")
+    .Input("indices: int32")
+    .KS_EPILOGUE_INPUTS.Output("output: float")
+    .Attr("kernel_size: list(int)")
+    .KS_EPILOGUE_ATTRIBUTES.KS_COMMON_ATTRIBUTES
+    .SetShapeFn(InferShapeWith<0, -1, 1, -1, -1, 2, -1, 3>)
+    .Doc(R"doc(
+activation(KerasSparse>ThinnedConv2D + bias + residual), in one pass.
+
+bias: At most one, [out_channels].
+residual: At most one, shaped as the output.
 )doc");
 
 REGISTER_OP("KerasSparse>ThinnedConv2DBackpropInput")

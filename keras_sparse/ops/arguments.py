@@ -10,6 +10,7 @@ import tensorflow as tf
 
 _INT_MAX = 2**31 - 1
 _FLOATS = ("float32", "float16", "bfloat16")
+_ACTIVATIONS = ("linear", "relu", "relu6")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,56 @@ def image_fits(inputs, kernel_size, attributes):
                 f"`inputs` must have a padded {name} of at least the dilated kernel's {reach}, "
                 f"received {image + pads[axis]}"
             )
+
+
+def _output_size(image, kernel_size, attributes, axis):
+    """The static size of the convolution's output along an axis of the image, or None."""
+    if image is None or (attributes.padding != "SAME" and kernel_size[axis] is None):
+        return None
+    stride = attributes.strides[axis]
+    if attributes.padding == "SAME":
+        return -(-image // stride)
+    before, after = (attributes.explicit_paddings or (0, 0, 0, 0))[2 * axis : 2 * axis + 2]
+    reach = (kernel_size[axis] - 1) * attributes.dilations[axis] + 1
+    return (image + before + after - reach) // stride + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What follows the convolution: `activation(convolution + bias + residual)`."""
+
+    bias: tf.Tensor | None
+    residual: tf.Tensor | None
+    activation: str
+
+    @property
+    def is_needed(self):
+        return self.bias is not None or self.residual is not None or self.activation != "linear"
+
+    def op_inputs(self):
+        """The inputs of a fused op, which takes what may be missing as lists."""
+        return [[] if t is None else [tf.cast(t, tf.float32)] for t in (self.bias, self.residual)]
+
+
+def epilogue(bias, residual, activation, inputs, kernel_size, out_channels, attributes):
+    """Checks what is to follow a convolution of checked arguments; returns an `Epilogue`."""
+    activation = "linear" if activation is None else activation
+    if not isinstance(activation, str):
+        raise TypeError(f"`activation` must be None or one of {', '.join(_ACTIVATIONS)}, received {activation!r}")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"`activation` must be None or one of {', '.join(_ACTIVATIONS)}, received {activation!r}")
+    if bias is not None:
+        bias = float_tensor("bias", bias, 1, inputs.dtype)
+        equal_sizes("`bias` must have a value for each output channel", size(bias, 0), out_channels)
+    if residual is not None:
+        residual = float_tensor("residual", residual, 4, inputs.dtype)
+        image = [_output_size(size(inputs, 1 + axis), kernel_size, attributes, axis) for axis in range(2)]
+        shape = tf.TensorShape([size(inputs, 0), *image, out_channels])
+        if not residual.shape.is_compatible_with(shape):
+            raise ValueError(
+                f"`residual` must have the shape of the convolution's output, {shape}, received {residual.shape}"
+            )
+    return Epilogue(bias, residual, activation)
 
 
 def static_values(tensor):

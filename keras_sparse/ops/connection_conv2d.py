@@ -16,6 +16,9 @@ def connection_conv2d(
     padding="valid",
     dilation_rate=1,
     data_format="channels_last",
+    bias=None,
+    residual=None,
+    activation=None,
 ):
     """2D convolution over a connection table.
 
@@ -48,10 +51,16 @@ def connection_conv2d(
         padding: `"valid"`, `"same"` (TensorFlow's rule) or `((top, bottom), (left, right))`.
         dilation_rate: Integer, or pair (height, width). May be above 1 together with `strides`.
         data_format: Must be `"channels_last"`.
+        bias: Float tensor of shape `(out_channels,)`, added to the convolution.
+        residual: Float tensor of the shape of the output, added as well, as at the end of a residual
+            block.
+        activation: `None` (or `"linear"`), `"relu"` or `"relu6"`, applied last. With any of these three
+            the result is `activation(convolution + bias + residual)`, computed in the same pass.
 
     Returns:
         Tensor of shape `(batch, out_height, out_width, out_channels)` and of the dtype of `inputs`.
-        Differentiable, to any order, with respect to `inputs` and `filter`.
+        Differentiable, to any order, with respect to `inputs`, `filter`, `bias` and
+        `residual`.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
@@ -73,17 +82,33 @@ def connection_conv2d(
     kernel_size = (arguments.size(filter, 1), arguments.size(filter, 2))
     if 0 in kernel_size:
         raise ValueError(f"`filter` must have a kernel height and width of at least 1, received {filter.shape}")
+    out_channels = arguments.size(row_splits, 0)
+    out_channels = None if out_channels is None else out_channels - 1
     arguments.image_fits(inputs, kernel_size, attributes)
     arguments.check_table(row_splits, input_channels, arguments.size(inputs, 3))
 
+    epilogue = arguments.epilogue(bias, residual, activation, inputs, kernel_size, out_channels, attributes)
+
     ops = library.load()
     if ops is None:
-        return reference.connection_conv2d(inputs, filter, row_splits, input_channels, strides, padding, dilation_rate)
-    outputs = ops.keras_sparse_connection_conv2d(
-        tf.cast(inputs, tf.float32),
-        tf.cast(filter, tf.float32),
-        row_splits,
-        input_channels,
-        **attributes.op_attributes(),
-    )
+        return reference.connection_conv2d(
+            inputs,
+            filter,
+            row_splits,
+            input_channels,
+            strides,
+            padding,
+            dilation_rate,
+            bias=epilogue.bias,
+            residual=epilogue.residual,
+            activation=epilogue.activation,
+        )
+    operands = (tf.cast(inputs, tf.float32), tf.cast(filter, tf.float32), row_splits, input_channels)
+    options = attributes.op_attributes()
+    if epilogue.is_needed:
+        outputs = ops.keras_sparse_fused_connection_conv2d(
+            *operands, *epilogue.op_inputs(), activation=epilogue.activation, **options
+        )
+    else:
+        outputs = ops.keras_sparse_connection_conv2d(*operands, **options)
     return tf.cast(outputs, inputs.dtype)

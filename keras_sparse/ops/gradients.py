@@ -1,11 +1,14 @@
 # Copyright 2026 The keras_sparse Authors.
 # Licensed under the Apache License, Version 2.0.
-"""Gradients of the six compiled ops.
+"""Gradients of the compiled ops.
 
 A convolution is linear in its input and in its filter, so the gradient of each of the three ops of
 a storage format is computed by the other two: with the forward op f(x, w), the gradient of
 `BackpropInput(w, g)` with respect to w is `BackpropFilter(x', g)` and with respect to g is
 `f(x', w)`, where x' is the incoming gradient. Gradients of any order follow.
+
+The fused ops put `activation(... + bias + residual)` around a convolution. The derivatives of their activations follow
+from the output; what passes the activation is the gradient of the residual, its sum over all pixels that of the bias.
 """
 
 import tensorflow as tf
@@ -32,7 +35,7 @@ def _filter_kernel_size(filter):
 
 
 def _connection_conv2d(op, gradient):
-    inputs, filter, row_splits, input_channels = op.inputs
+    inputs, filter, row_splits, input_channels = op.inputs[:4]  # A fused op has more.
     attributes = _attributes(op)
     ops = library.load()
     return (
@@ -50,6 +53,32 @@ def _connection_conv2d(op, gradient):
         None,
         None,
     )
+
+
+def _before_activation(op, gradient):
+    """The gradient of a fused op with respect to `convolution + bias + residual`."""
+    activation = tf.compat.as_str(op.get_attr("activation"))
+    if activation == "relu":
+        return tf.raw_ops.ReluGrad(gradients=gradient, features=op.outputs[0])
+    if activation == "relu6":
+        return tf.raw_ops.Relu6Grad(gradients=gradient, features=op.outputs[0])
+    return gradient
+
+
+def _epilogue_gradients(op, gradient):
+    """Those of the bias and the residual, as far as the op has them."""
+    bias = [tf.reduce_sum(gradient, (0, 1, 2))] * op.get_attr("num_bias")
+    return (*bias, *[gradient] * op.get_attr("num_residual"))
+
+
+def _fused(of_convolution):
+    """The gradient of a fused op, given that of its convolution."""
+
+    def of_fused(op, gradient):
+        gradient = _before_activation(op, gradient)
+        return *of_convolution(op, gradient), *_epilogue_gradients(op, gradient)
+
+    return of_fused
 
 
 def _connection_conv2d_backprop_input(op, gradient):
@@ -91,7 +120,7 @@ def _thinned_attributes(op):
 
 
 def _thinned_conv2d(op, gradient):
-    inputs, filter, indices = op.inputs
+    inputs, filter, indices = op.inputs[:3]  # A fused op has more.
     attributes = _thinned_attributes(op)
     ops = library.load()
     return (
@@ -128,9 +157,11 @@ def register():
     """Registers the gradients; called once, when the package is imported."""
     for name, function in (
         ("ConnectionConv2D", _connection_conv2d),
+        ("FusedConnectionConv2D", _fused(_connection_conv2d)),
         ("ConnectionConv2DBackpropInput", _connection_conv2d_backprop_input),
         ("ConnectionConv2DBackpropFilter", _connection_conv2d_backprop_filter),
         ("ThinnedConv2D", _thinned_conv2d),
+        ("FusedThinnedConv2D", _fused(_thinned_conv2d)),
         ("ThinnedConv2DBackpropInput", _thinned_conv2d_backprop_input),
         ("ThinnedConv2DBackpropFilter", _thinned_conv2d_backprop_filter),
     ):

@@ -47,6 +47,14 @@ def _pad(inputs, pads):
     return ops.concatenate([columns[0], inputs, columns[1]], axis=2)
 
 
+def _finish(outputs, bias, residual, activation):
+    if bias is not None:
+        outputs = outputs + ops.cast(ops.convert_to_tensor(bias), "float32")
+    if residual is not None:
+        outputs = outputs + ops.cast(ops.convert_to_tensor(residual), "float32")
+    return {"relu": ops.relu, "relu6": ops.relu6}.get(activation, lambda x: x)(outputs)
+
+
 def connection_kernel(filter, row_splits, input_channels, in_channels):
     """Returns the dense HWIO kernel of a connection table.
 
@@ -98,6 +106,9 @@ def connection_conv2d(
     strides=1,
     padding="valid",
     dilation_rate=1,
+    bias=None,
+    residual=None,
+    activation=None,
 ):
     """`keras_sparse.ops.connection_conv2d` by way of the dense kernel."""
     inputs, filter = ops.convert_to_tensor(inputs), ops.convert_to_tensor(filter)
@@ -105,10 +116,21 @@ def connection_conv2d(
     input_channels = ops.convert_to_tensor(input_channels, "int32")
     kernel = connection_kernel(ops.cast(filter, "float32"), row_splits, input_channels, inputs.shape[-1])
     outputs = _conv2d(ops.cast(inputs, "float32"), kernel, strides, padding, dilation_rate)
-    return ops.cast(outputs, inputs.dtype)
+    return ops.cast(_finish(outputs, bias, residual, activation), inputs.dtype)
 
 
-def thinned_conv2d(inputs, filter, indices, kernel_size, strides=1, padding="valid", dilation_rate=1):
+def thinned_conv2d(
+    inputs,
+    filter,
+    indices,
+    kernel_size,
+    strides=1,
+    padding="valid",
+    dilation_rate=1,
+    bias=None,
+    residual=None,
+    activation=None,
+):
     """`keras_sparse.ops.thinned_conv2d` by way of the dense kernel."""
     inputs, filter = ops.convert_to_tensor(inputs), ops.convert_to_tensor(filter)
     kernel = thinned_kernel(
@@ -118,4 +140,4 @@ def thinned_conv2d(inputs, filter, indices, kernel_size, strides=1, padding="val
         inputs.shape[-1],
     )
     outputs = _conv2d(ops.cast(inputs, "float32"), kernel, strides, padding, dilation_rate)
-    return ops.cast(outputs, inputs.dtype)
+    return ops.cast(_finish(outputs, bias, residual, activation), inputs.dtype)

@@ -16,6 +16,9 @@ def thinned_conv2d(
     padding="valid",
     dilation_rate=1,
     data_format="channels_last",
+    bias=None,
+    residual=None,
+    activation=None,
 ):
     """2D convolution with a thinned kernel.
 
@@ -45,10 +48,16 @@ def thinned_conv2d(
         padding: `"valid"`, `"same"` (TensorFlow's rule) or `((top, bottom), (left, right))`.
         dilation_rate: Integer, or pair (height, width). May be above 1 together with `strides`.
         data_format: Must be `"channels_last"`.
+        bias: Float tensor of shape `(out_channels,)`, added to the convolution.
+        residual: Float tensor of the shape of the output, added as well, as at the end of a residual
+            block.
+        activation: `None` (or `"linear"`), `"relu"` or `"relu6"`, applied last. With any of these three
+            the result is `activation(convolution + bias + residual)`, computed in the same pass.
 
     Returns:
         Tensor of shape `(batch, out_height, out_width, out_channels)` and of the dtype of `inputs`.
-        Differentiable, to any order, with respect to `inputs` and `filter`.
+        Differentiable, to any order, with respect to `inputs`, `filter`, `bias` and
+        `residual`.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
@@ -68,14 +77,30 @@ def thinned_conv2d(
     arguments.image_fits(inputs, kernel_size, attributes)
     arguments.check_indices(indices, kernel_size, arguments.size(inputs, 3))
 
+    epilogue = arguments.epilogue(
+        bias, residual, activation, inputs, kernel_size, arguments.size(filter, 1), attributes
+    )
+
     ops = library.load()
     if ops is None:
-        return reference.thinned_conv2d(inputs, filter, indices, kernel_size, strides, padding, dilation_rate)
-    outputs = ops.keras_sparse_thinned_conv2d(
-        tf.cast(inputs, tf.float32),
-        tf.cast(filter, tf.float32),
-        indices,
-        kernel_size=list(kernel_size),
-        **attributes.op_attributes(),
-    )
+        return reference.thinned_conv2d(
+            inputs,
+            filter,
+            indices,
+            kernel_size,
+            strides,
+            padding,
+            dilation_rate,
+            bias=epilogue.bias,
+            residual=epilogue.residual,
+            activation=epilogue.activation,
+        )
+    operands = (tf.cast(inputs, tf.float32), tf.cast(filter, tf.float32), indices)
+    options = {"kernel_size": list(kernel_size), **attributes.op_attributes()}
+    if epilogue.is_needed:
+        outputs = ops.keras_sparse_fused_thinned_conv2d(
+            *operands, *epilogue.op_inputs(), activation=epilogue.activation, **options
+        )
+    else:
+        outputs = ops.keras_sparse_thinned_conv2d(*operands, **options)
     return tf.cast(outputs, inputs.dtype)

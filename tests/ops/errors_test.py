@@ -24,6 +24,8 @@ GOOD = {
     "thinned_conv2d_backprop_input": dict(input_sizes=SIZES, filter=W2, **INDICES, out_backprop=DY, kernel_size=[3, 3]),
     "thinned_conv2d_backprop_filter": dict(input=X, **INDICES, out_backprop=DY, kernel_size=[3, 3]),
 }
+for _name in ("connection_conv2d", "thinned_conv2d"):
+    GOOD[f"fused_{_name}"] = dict(GOOD[_name], bias=[np.ones(3, "f")], residual=[DY])
 I4 = lambda *values: np.array(values, "i4")  # noqa: E731
 LARGEST = 2**31 - 1
 

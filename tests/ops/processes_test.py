@@ -35,6 +35,8 @@ for case, (n, h, ci, co, k, stride) in enumerate(
     _, w2, indices = oracle.thinned_filter(generator, 0.3, (k, k), ci, co)
     y = ops.keras_sparse_connection_conv2d(x, w, *table, **attributes)
     results.append(y)
+    results.append(ops.keras_sparse_fused_connection_conv2d(
+        x, w, *table, [y[0, 0, 0]], [-y], activation="relu6", **attributes))
     results.append(ops.keras_sparse_connection_conv2d_backprop_input(
         x.shape, w, *table, y, **attributes))
     results.append(ops.keras_sparse_connection_conv2d_backprop_filter(
