@@ -16,6 +16,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from keras_sparse import ops, probing, selection, validation
 from keras_sparse.engine import inference, planner, timing
 from keras_sparse.layers import BaseSparse
+from keras_sparse.surgery import fusion
 from keras_sparse.surgery.sparsify import dense_twin
 from keras_sparse.surgery.transform import check_supported, transform
 
@@ -92,13 +93,17 @@ def export(
             f"Received: backend={backend!r}"
         )
     started = time.time()
-    plans = {}
-    exported = _with_routines(model, candidates, routine, batch_sizes, input_shape, plans, verbose)
+    units = _units(model)
+    plans, routines = {}, {}
+    if candidates:
+        plans, routines = _plan(model, units, candidates, routine, batch_sizes, input_shape, verbose)
+    routines = {path: built for path, built in routines.items() if plans[path].routine != "dense"}
+    exported = _with_routines(model, units, routines)
     milliseconds = {}
     measured = routine == "auto" and any(plan.routine != "dense" for plan in plans.values())
     if measured:
         milliseconds = _measure_models(
-            {"dense": transform(model, dense_twin, inference=True), backend: exported}, model, input_shape, batch_sizes
+            {"dense": _with_routines(model, units, {}), backend: exported}, model, input_shape, batch_sizes
         )
         slower = [b for b in batch_sizes if milliseconds[backend][b] > _NOISE * milliseconds["dense"][b]]
         if slower:
@@ -107,7 +112,7 @@ def export(
                 f"({milliseconds}, ms): the dense one is written instead.",
                 stacklevel=2,
             )
-            exported = transform(model, dense_twin, inference=True)
+            exported = _with_routines(model, units, {})
             plans = {path: planner.LayerPlan("dense", p.bytes, p.milliseconds) for path, p in plans.items()}
     plan = {
         "backend": backend,
@@ -147,40 +152,95 @@ def _plannable(layer):
     return bool((keras.ops.convert_to_numpy(layer.kernel) == 0).any())
 
 
-def _with_routines(model, candidates, routine, batch_sizes, input_shape, plans, verbose):
-    """Return the model with the chosen routine in each plannable layer; fills `plans`."""
-    if not candidates:
-        return transform(model, dense_twin, inference=True)
-    layers = {p: layer for p, layer in selection.flatten_layers(model).items() if _plannable(layer)}
+def _units(model):
+    """Return `{path: Unit}` of the plannable layers, each with what can be computed together with it."""
+    layers = {path: layer for path, layer in selection.flatten_layers(model).items() if _plannable(layer)}
+    units = fusion.find_units(model, layers.values())
+    return {path: units[id(layer)] for path, layer in layers.items()}
+
+
+def _plan(model, units, candidates, routine, batch_sizes, input_shape, verbose):
+    """Return `{path: LayerPlan}` and `{path: routine}` for the units."""
     calls = probing.record_calls(model, input_shape) if routine == "auto" else {}
-    progress = keras.utils.Progbar(len(layers), verbose=1 if verbose and routine == "auto" else 0, unit_name="layer")
-    routines = {}
-    for path, layer in layers.items():
-        # A shared layer is measured at its first call.
-        shapes = [inference.routine_input_shape(layer, calls[path][0], b) for b in batch_sizes] if calls else []
-        routines[id(layer)], plans[path] = planner.plan_convolution(
-            inference.convolution_of(layer), candidates, shapes, batch_sizes, _finish_of(layer)
+    paths = {id(layer): path for path, layer in selection.flatten_layers(model).items()} if calls else {}
+    progress = keras.utils.Progbar(len(units), verbose=1 if verbose and routine == "auto" else 0, unit_name="layer")
+    plans, routines = {}, {}
+    for path, unit in units.items():
+        shapes = []
+        if calls:
+            # A shared layer is measured at its first call.
+            call, first = calls[path][0], unit.padding or unit.layer
+            shapes = [calls[paths[id(first)]][0].input_shape]
+            if unit.addition is not None:
+                shapes.insert(1 - unit.position, call.output_shape)
+        routines[path], plans[path] = planner.plan_convolution(
+            _convolution(unit),
+            candidates,
+            [[(batch, *shape[1:]) for shape in shapes] for batch in batch_sizes] if shapes else [],
+            batch_sizes,
+            lambda routine, unit=unit: _function_of(_inference_layer(unit, routine)),
         )
         progress.add(1)
-    chosen = {id(layer): plans[path].routine for path, layer in layers.items()}
+    return plans, routines
+
+
+def _function_of(layer):
+    return lambda *tensors: layer(list(tensors) if len(tensors) > 1 else tensors[0])
+
+
+def _weights(unit):
+    bias = None if unit.layer.bias is None else keras.ops.convert_to_numpy(unit.layer.bias).astype("float32")
+    kernel = keras.ops.convert_to_numpy(unit.layer.kernel).astype("float32")
+    return fusion.fold_normalization(kernel, bias, unit.normalization)
+
+
+def _padding(unit):
+    return None if unit.padding is None else unit.padding.padding
+
+
+def _convolution(unit):
+    return inference.convolution_of(unit.layer, *_weights(unit), _padding(unit), unit.activation_name or "linear")
+
+
+def _inference_layer(unit, routine):
+    # In the place of the addition, where there is one: only there is the residual at hand.
+    name = (unit.addition or unit.layer).name
+    activation = unit.layer.activation if unit.activation_name is None else None
+    return inference.inference_layer(unit.layer, routine, name, activation, _padding(unit), unit.position)
+
+
+def _with_routines(model, units, routines):
+    """Return the model with a routine in place of each unit in `routines`, the others dense."""
+    exchanges = {}
+    for path, unit in units.items():
+        if path in routines:
+            for layer in (unit.layer, *unit.absorbed):
+                exchanges[id(layer)] = inference.PassThrough
+            place = unit.addition or unit.layer
+            exchanges[id(place)] = lambda _, unit=unit, path=path: _inference_layer(unit, routines[path])
+        elif unit.normalization is not None:
+            # TensorFlow fuses the rest by itself.
+            exchanges[id(unit.normalization)] = inference.PassThrough
+            exchanges[id(unit.layer)] = lambda _, unit=unit: _folded_twin(unit)
 
     def exchange(layer):
-        if chosen.get(id(layer), "dense") == "dense":
-            return dense_twin(layer)
-        return inference.inference_layer(layer, routines[id(layer)]), lambda old, new: None
+        new = exchanges[id(layer)](layer) if id(layer) in exchanges else dense_twin(layer)
+        return (new, lambda old, new: None) if isinstance(new, keras.Layer) else new
 
     return transform(model, exchange, inference=True)
 
 
-def _finish_of(layer):
-    bias = None if layer.bias is None else keras.ops.convert_to_numpy(layer.bias)
+def _folded_twin(unit):
+    """The plain layer for the unit's layer and its normalisation, and how it gets its weights."""
+    layer, _ = dense_twin(unit.layer) or (unit.layer, None)
+    layer = layer.__class__.from_config({**layer.get_config(), "use_bias": True})
 
-    def finish(outputs):
-        if bias is not None:
-            outputs = tf.nn.bias_add(outputs, tf.constant(bias, outputs.dtype))
-        return outputs if layer.activation is None else layer.activation(outputs)
+    def transfer(old, new):
+        kernel, bias = _weights(unit)
+        new._kernel.assign(kernel)
+        new.bias.assign(bias)
 
-    return finish
+    return layer, transfer
 
 
 def _serving_function(model):

@@ -1,91 +1,113 @@
 """Layers of an exported graph: a routine on constants in place of a layer with zeros in its kernel."""
 
 import keras
-import numpy as np
 import tensorflow as tf
-from keras import ops
 
 from keras_sparse.engine.routines import Convolution
 
-__all__ = ["InferenceConv2D", "InferenceDense", "convolution_of", "inference_layer", "routine_input_shape"]
+__all__ = ["InferenceConv2D", "InferenceDense", "PassThrough", "convolution_of", "inference_layer"]
 
 
-def convolution_of(layer):
-    """Return the `Convolution` that a Conv2D or Dense layer, sparse or plain, computes, in NHWC."""
-    kernel = ops.convert_to_numpy(layer.kernel).astype("float32")
+def convolution_of(layer, kernel, bias, padding=None, activation="linear"):
+    """Return the `Convolution` that a Conv2D or Dense layer, sparse or plain, computes, in NHWC.
+
+    Args:
+        layer: The layer.
+        kernel: Array to take for that of the layer.
+        bias: The same, or `None`.
+        padding: Pixels `((top, bottom), (left, right))` of zeros that a layer without padding is to add itself.
+        activation: `"linear"`, `"relu"` or `"relu6"`, to follow.
+    """
     if isinstance(layer, keras.layers.Dense):
-        return Convolution(kernel[None, None], is_dense_layer=True)
+        return Convolution(kernel[None, None], is_dense_layer=True, bias=bias, activation=activation)
     return Convolution(
         kernel,
         strides=layer.strides,
-        padding=layer.padding,
+        padding=layer.padding if padding is None else padding,
         dilation_rate=layer.dilation_rate,
         groups=layer.groups,
+        bias=bias,
+        activation=activation,
     )
 
 
-def routine_input_shape(layer, call, batch_size):
-    """Return the shape of the NHWC tensor that the layer's routine gets in the recorded call."""
-    shape = (batch_size, *call.input_shape[1:])
-    if isinstance(layer, keras.layers.Dense):
-        return (1, 1, int(np.prod(shape[:-1])), shape[-1])
-    if layer.data_format == "channels_first":
-        return (shape[0], shape[2], shape[3], shape[1])
-    return shape
+def inference_layer(layer, routine, name=None, activation=None, padding=None, position=0):
+    """Return the unbuilt layer that computes what `layer` and those around it compute, by `routine`.
 
-
-def inference_layer(layer, routine):
-    """Return the unbuilt layer that computes what `layer` computes, by `routine`."""
-    return (InferenceDense if isinstance(layer, keras.layers.Dense) else InferenceConv2D)(layer, routine)
+    Args:
+        layer: The Conv2D or Dense layer.
+        routine: What a `Convolution` was built into.
+        name: The new layer's name, by default that of `layer`.
+        activation: A function to follow the routine, where the routine has none.
+        padding: As in `convolution_of`.
+        position: Where the layer's own input is, should it be called with a list of that and a residual.
+    """
+    cls = InferenceDense if isinstance(layer, keras.layers.Dense) else InferenceConv2D
+    return cls(layer, routine, name or layer.name, activation, padding, position)
 
 
 class _Inference(keras.layers.Layer):
-    """Bias and activation of a sparse layer around a routine's product. Lives only while a model is exported."""
+    """A routine in the place of a layer. Lives only while a model is exported."""
 
-    def __init__(self, layer, routine):
-        super().__init__(name=layer.name, dtype=layer.dtype_policy, trainable=False)
+    def __init__(self, layer, routine, name, activation, padding, position):
+        super().__init__(name=name, dtype=layer.dtype_policy, trainable=False)
         self._routine = routine
-        self._activation = layer.activation
-        self._bias = None if layer.bias is None else ops.convert_to_numpy(layer.bias)
+        self._activation = activation
+        self._padding = padding or ((0, 0), (0, 0))
+        self._position = position
+        self._data_format = getattr(layer, "data_format", None)
         self._output_shape_of = layer.compute_output_shape
         self.supports_jit = False
 
     def compute_output_shape(self, input_shape):
-        return self._output_shape_of(input_shape)
+        if isinstance(input_shape, list):
+            input_shape = input_shape[self._position]
+        shape = list(input_shape)
+        for pads, axis in zip(self._padding, (2, 3) if self._data_format == "channels_first" else (1, 2)):
+            if sum(pads) and shape[axis] is not None:
+                shape[axis] += sum(pads)
+        return self._output_shape_of(tuple(shape))
 
-    def _product(self, inputs):
-        outputs = self._routine(inputs)
-        if self._bias is not None:
-            outputs = tf.nn.bias_add(outputs, tf.constant(self._bias, outputs.dtype))
-        return outputs
-
-    def _activate(self, outputs):
+    def call(self, inputs, **unused):
+        inputs, residual = inputs if isinstance(inputs, (list, tuple)) else (inputs, None)
+        if self._position == 1:
+            inputs, residual = residual, inputs
+        outputs = self._compute(inputs, residual)
         return outputs if self._activation is None else self._activation(outputs)
+
+
+class PassThrough(keras.layers.Layer):
+    """What is left of a layer that another one computes; `unused` is what that was called with beside."""
+
+    def __init__(self, layer):
+        super().__init__(name=layer.name, dtype=layer.dtype_policy, trainable=False)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def call(self, inputs, **unused):
+        return inputs
 
 
 class InferenceConv2D(_Inference):
     """A convolution by a routine, which works in NHWC."""
 
-    def __init__(self, layer, routine):
-        super().__init__(layer, routine)
-        self._channels_first = layer.data_format == "channels_first"
-
-    def call(self, inputs):
-        if self._channels_first:
-            inputs = tf.transpose(inputs, (0, 2, 3, 1))
-        outputs = self._product(inputs)
-        if self._channels_first:
-            outputs = tf.transpose(outputs, (0, 3, 1, 2))
-        return self._activate(outputs)
+    def _compute(self, inputs, residual):
+        if self._data_format != "channels_first":
+            return self._routine(inputs, residual)
+        if residual is not None:
+            residual = tf.transpose(residual, (0, 2, 3, 1))
+        return tf.transpose(self._routine(tf.transpose(inputs, (0, 2, 3, 1)), residual), (0, 3, 1, 2))
 
 
 class InferenceDense(_Inference):
     """A dense layer by a routine, as a 1x1 convolution over a row of pixels."""
 
-    def call(self, inputs):
-        channels = inputs.shape[-1]
-        outputs = self._product(tf.reshape(inputs, (1, 1, -1, channels)))
+    def _compute(self, inputs, residual):
+        if residual is not None:
+            residual = tf.reshape(residual, (1, 1, -1, residual.shape[-1]))
+        outputs = self._routine(tf.reshape(inputs, (1, 1, -1, inputs.shape[-1])), residual)
         leading = tf.shape(inputs)[:-1]
         outputs = tf.reshape(outputs, tf.concat([leading, [outputs.shape[-1]]], axis=0))
         outputs.set_shape((*inputs.shape[:-1], outputs.shape[-1]))
-        return self._activate(outputs)
+        return outputs

@@ -26,17 +26,17 @@ class LayerPlan:
     milliseconds: dict
 
 
-def plan_convolution(convolution, candidates, input_shapes, batch_sizes, finish):
+def plan_convolution(convolution, candidates, input_shapes, batch_sizes, layer_of):
     """Return the fastest routine that is slower than the dense one at no batch size.
 
     Args:
         convolution: A `Convolution`.
         candidates: Names of routines to consider beside the dense one. A single name is taken unmeasured where it
             applies and `input_shapes` is empty.
-        input_shapes: NHWC input shapes, one for each batch size to be good at.
+        input_shapes: For each batch size to be good at, the shapes of what the layer is called with.
         batch_sizes: The batch size behind each input shape, for the record.
-        finish: What the layer does to the product, bias and activation: TensorFlow fuses these into its dense
-            convolution, so they belong into the measurement.
+        layer_of: Maps a routine to the function of tensors that the exported model will call: what is measured is
+            what will run, with bias, residual and activation, which TensorFlow fuses into its dense convolution.
 
     Returns:
         A pair of the built routine and its `LayerPlan`.
@@ -46,17 +46,17 @@ def plan_convolution(convolution, candidates, input_shapes, batch_sizes, finish)
     if not input_shapes or len(built) == 1:
         name = list(built)[-1]
         return built[name], LayerPlan(name, built[name].nbytes, {})
-    functions = {name: lambda x, routine=routine: finish(routine(x)) for name, routine in built.items()}
-    seconds = {shape: timing.alternate(functions, [shape], unroll=8, budget=0.4) for shape in input_shapes}
+    functions = {name: layer_of(routine) for name, routine in built.items()}
+    seconds = [timing.alternate(functions, shapes, unroll=8, budget=0.4) for shapes in input_shapes]
 
     def speed_up(name):
-        ratios = [times["dense"] / times[name] for times in seconds.values()]
+        ratios = [times["dense"] / times[name] for times in seconds]
         return math.prod(ratios) ** (1 / len(ratios)) if min(ratios) >= 1.0 else 0.0
 
     best = max((name for name in built if name != "dense"), key=speed_up)
     name = best if speed_up(best) >= _MARGIN else "dense"
     milliseconds = {
-        routine: {batch: round(times[routine] * 1e3, 4) for batch, times in zip(batch_sizes, seconds.values())}
+        routine: {batch: round(times[routine] * 1e3, 4) for batch, times in zip(batch_sizes, seconds)}
         for routine in built
     }
     return built[name], LayerPlan(name, built[name].nbytes, milliseconds)

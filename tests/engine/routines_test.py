@@ -79,14 +79,36 @@ def test_dense_layers(name):
     np.testing.assert_allclose(routine(rows), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("is_dense_layer", [False, True])
+@pytest.mark.parametrize("activation", ["linear", "relu", "relu6"])
+@pytest.mark.parametrize("name", routines.ROUTINES)
+def test_bias_residual_and_activation(name, activation, is_dense_layer):
+    generator = np.random.default_rng(4)
+    size, padding = ((1, 1), "valid") if is_dense_layer else ((3, 2), ((1, 0), (2, 1)))
+    kernel = 3 * sparse_kernel((*size, 5, 9), 0.5, UNITS["channel"])
+    images = generator.standard_normal((1, 1, 8, 5) if is_dense_layer else (2, 7, 8, 5)).astype("float32")
+    pads = ((0, 0), (0, 0)) if is_dense_layer else padding
+    product = convolve(np.pad(images, ((0, 0), *pads, (0, 0))), kernel, (1, 1), "valid", (1, 1), 1)
+    bias = generator.standard_normal(9).astype("float32")
+    residual = generator.standard_normal(product.shape).astype("float32")
+    for b, r in itertools.product([None, bias], [None, residual]):
+        convolution = routines.Convolution(
+            kernel, padding=padding, is_dense_layer=is_dense_layer, bias=b, activation=activation
+        )
+        expected = product + (0 if b is None else b) + (0 if r is None else r)
+        low, high = {"relu": (0, np.inf), "relu6": (0, 6)}.get(activation, (-np.inf, np.inf))
+        actual = routines.build(name, convolution)(images, r)
+        np.testing.assert_allclose(actual, np.clip(expected, low, high), rtol=0, atol=1e-5 * np.abs(product).max())
+
+
 def plan_with(monkeypatch, milliseconds):
     """Plan over two batch sizes with made-up times, `{name: (small batch, large batch)}`."""
     monkeypatch.setattr(
         timing, "alternate", lambda f, shapes, **_: {name: milliseconds[name][shapes[0][0] > 1] for name in f}
     )
     convolution = routines.Convolution(sparse_kernel((3, 3, 4, 4), 0.5, UNITS["group"]))
-    shapes = [(1, 8, 8, 4), (16, 8, 8, 4)]
-    return planner.plan_convolution(convolution, ("connection", "thinned"), shapes, [1, 16], lambda x: x)[1]
+    shapes = [[(1, 8, 8, 4)], [(16, 8, 8, 4)]]
+    return planner.plan_convolution(convolution, ("connection", "thinned"), shapes, [1, 16], lambda r: r)[1]
 
 
 @pytest.mark.parametrize(
