@@ -54,6 +54,10 @@ def export(
     | `"compact"` | TensorFlow's, over channels that hold any weight | stock TensorFlow                   |
     | `"dense"`   | TensorFlow's, zeros included                     | stock TensorFlow                   |
 
+    Around a layer with zeros, layers are computed together where one alone reads the other: batch normalisation
+    behind it goes into its weights; a ReLU or ReLU6, the sum of a residual block and a `ZeroPadding2D` before a
+    convolution are part of its routine. They are measured together as well.
+
     `import keras_sparse` registers the ops, and so does `tf.load_op_library(ks.ops.library_path())` alone.
 
     The directory is written whole or not at all; one that exists is replaced in the end. The plan is kept beside
@@ -189,9 +193,8 @@ def _function_of(layer):
 
 
 def _weights(unit):
-    bias = None if unit.layer.bias is None else keras.ops.convert_to_numpy(unit.layer.bias).astype("float32")
-    kernel = keras.ops.convert_to_numpy(unit.layer.kernel).astype("float32")
-    return fusion.fold_normalization(kernel, bias, unit.normalization)
+    bias = None if unit.layer.bias is None else keras.ops.convert_to_numpy(unit.layer.bias)
+    return fusion.fold_normalization(keras.ops.convert_to_numpy(unit.layer.kernel), bias, unit.normalization)
 
 
 def _padding(unit):

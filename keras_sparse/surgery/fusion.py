@@ -72,7 +72,7 @@ def activation_name(layer):
 
 
 def fold_normalization(kernel, bias, normalization):
-    """Return the kernel and bias, float32, of a layer with a `BatchNormalization` behind it, in inference mode.
+    """Return the kernel and bias of a layer with a `BatchNormalization` behind it, in inference mode.
 
     Args:
         kernel: Array whose last axis is that of the output channels.
@@ -92,7 +92,7 @@ def fold_normalization(kernel, bias, normalization):
     offset = offset * factor
     if normalization.center:
         offset = offset + value(normalization.beta)
-    return (kernel * factor).astype("float32"), offset.astype("float32")
+    return kernel * factor, offset
 
 
 def find_units(model, layers):
