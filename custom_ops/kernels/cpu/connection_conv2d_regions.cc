@@ -359,7 +359,6 @@ void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
                 float* output) {
   const intptr_t sink_address = reinterpret_cast<intptr_t>(sink);
   const intptr_t residual = reinterpret_cast<intptr_t>(epilogue.residual);
-  const Vec least = Splat(epilogue.least), most = Splat(epilogue.most);
   for (int64_t r = first_row; r < first_row + rows; ++r) {
     for (int64_t c = first_column; c < first_column + columns; ++c, sums += kLanes) {
       const intptr_t target =
@@ -379,25 +378,7 @@ void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
         for (int l = 0; l < kLanes; ++l) lanes[l] = Load(from + l * stride);
         Transpose(lanes);
         if (kFinish) {
-          const int64_t count = Min(kLanes, end - channel);
-          if (epilogue.bias != nullptr) {
-            const Vec bias = count == kLanes ? Load(epilogue.bias + channel)
-                                             : LoadFirst(epilogue.bias + channel, count);
-            KS_UNROLL
-            for (int l = 0; l < kLanes; ++l) lanes[l] += bias;
-          }
-          if (epilogue.residual != nullptr && count == kLanes) {
-            KS_UNROLL
-            for (int l = 0; l < kLanes; ++l) {
-              lanes[l] += Load(reinterpret_cast<const float*>(residuals[l]) + channel);
-            }
-          } else if (epilogue.residual != nullptr) {
-            for (int l = 0; l < kLanes; ++l) {
-              lanes[l] += LoadFirst(reinterpret_cast<const float*>(residuals[l]) + channel, count);
-            }
-          }
-          KS_UNROLL
-          for (int l = 0; l < kLanes; ++l) lanes[l] = Clamp(lanes[l], least, most);
+          FinishPixels(epilogue, channel, Min(kLanes, end - channel), residuals, lanes);
         }
         if (end - channel >= kLanes) {
           KS_UNROLL

@@ -7,6 +7,7 @@
 // channel serves all taps, and the channels of a vector of images are small enough to stay in the
 // L1 cache. The region routine needs a load for every tap there, from planes nine times as large.
 
+#include "custom_ops/kernels/cpu/epilogue.h"
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
 #include "custom_ops/kernels/cpu/transposed_table.h"
@@ -129,11 +130,22 @@ void PackChannels(const Parameters& p, const float* source, int64_t vector, int6
 
 // Stores `count` channels from `first` on of a vector of the result.
 void StoreChannels(const Parameters& p, int64_t vector, int64_t first, int64_t count,
-                   Vec (&results)[kLanes], float* output) {
+                   const Epilogue& epilogue, Vec (&results)[kLanes], float* output) {
   const int64_t used = UsedLanes(p, vector, p.result_pixels);
   const int64_t begin = vector * p.images * p.result_pixels * p.out_channels + first;
   for (int64_t k = count; k < kLanes; ++k) results[k] = Vec{};
   Transpose(results);
+  if (epilogue.used) {
+    const float* residual =
+        epilogue.residual == nullptr
+            ? nullptr
+            : epilogue.residual + vector * p.images * p.result_pixels * p.out_channels;
+    intptr_t residuals[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) {  // A lane without a pixel reads the first one.
+      residuals[l] = reinterpret_cast<intptr_t>(residual + (l < used ? l * p.out_channels : 0));
+    }
+    FinishPixels(epilogue, first, count, residuals, results);
+  }
   for (int64_t l = 0; l < used; ++l) {
     float* pixel = output + begin + l * p.out_channels;
     if (count == kLanes) {
@@ -221,6 +233,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
     }
     return;
   }
+  const Epilogue epilogue = MakeEpilogue(arguments);
   const SumFunction sum = FindSum(g.kernel_height * g.kernel_width);
   const int64_t blocks = CeilDiv(p.out_channels, kLanes);
   for (int64_t item = begin; item < end; ++item) {
@@ -230,7 +243,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
       const int64_t count = Min(kLanes, last - o);
       Vec results[kLanes];
       sum(table, *taps, planes + vector * size, o, count, results);
-      StoreChannels(p, vector, o, count, results, arguments.output);
+      StoreChannels(p, vector, o, count, epilogue, results, arguments.output);
     }
   }
 }

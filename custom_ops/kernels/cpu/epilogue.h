@@ -40,6 +40,31 @@ KS_INLINE float Clamp(float x, float least, float most) {
   return most < x ? most : x;
 }
 
+// Finishes kLanes pixels: lanes[l] holds `count` sums from `channel` on of pixel l, whose residual
+// is at address residuals[l]; these addresses are read only if there is a residual.
+KS_INLINE void FinishPixels(const Epilogue& epilogue, int64_t channel, int64_t count,
+                            const intptr_t (&residuals)[kLanes], Vec (&lanes)[kLanes]) {
+  if (epilogue.bias != nullptr) {
+    const float* from = epilogue.bias + channel;
+    const Vec bias = count == kLanes ? Load(from) : LoadFirst(from, count);
+    KS_UNROLL
+    for (int l = 0; l < kLanes; ++l) lanes[l] += bias;
+  }
+  if (epilogue.residual != nullptr && count == kLanes) {
+    KS_UNROLL
+    for (int l = 0; l < kLanes; ++l) {
+      lanes[l] += Load(reinterpret_cast<const float*>(residuals[l]) + channel);
+    }
+  } else if (epilogue.residual != nullptr) {
+    for (int l = 0; l < kLanes; ++l) {
+      lanes[l] += LoadFirst(reinterpret_cast<const float*>(residuals[l]) + channel, count);
+    }
+  }
+  const Vec least = Splat(epilogue.least), most = Splat(epilogue.most);
+  KS_UNROLL
+  for (int l = 0; l < kLanes; ++l) lanes[l] = Clamp(lanes[l], least, most);
+}
+
 }  // namespace KS_ISA
 }  // namespace ks
 

@@ -70,12 +70,6 @@ KS_INLINE void StreamEnd() {
 
 KS_INLINE Vec Splat(float x) { return x - Vec{}; }  // x - 0 is x, -0 included: one broadcast.
 
-KS_INLINE Vec LoadFirst(const float* p, int64_t count) {
-  float lanes[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
-  return Load(lanes);
-}
-
 KS_INLINE void StoreFirst(float* p, Vec v, int64_t count) {
   float lanes[kLanes];
   Store(lanes, v);
