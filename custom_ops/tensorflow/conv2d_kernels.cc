@@ -31,8 +31,10 @@ using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
 
-constexpr int64_t kChunkCycles = 20000;              // Work worth handing to a thread.
-constexpr int kLooks = 2000;                         // Some 20 microseconds.
+constexpr int64_t kThreadCycles =
+    40000;                              // Work that is worth another thread, which has to be woken.
+constexpr int64_t kChunkCycles = 5000;  // Work that is taken at a time.
+constexpr int kLooks = 2000;            // Some 20 microseconds.
 constexpr int64_t kScratchOfAll = int64_t{2} << 30;  // Fewer threads work, rather than more memory.
 
 void Pause() {
@@ -57,7 +59,7 @@ class StageRun {
         memory_(memory),
         scratch_stride_(scratch_stride),
         items_(plan->stages[stage].items),
-        chunk_(std::max<int64_t>(1, kChunkCycles / 4 / plan->stages[stage].cost)) {}
+        chunk_(std::max<int64_t>(1, kChunkCycles / plan->stages[stage].cost)) {}
 
   // Takes chunks until none is left. Called once by each worker.
   void Work() {
@@ -112,9 +114,9 @@ class StageRun {
 
 // Threads worth using for a stage.
 int64_t StageWorkers(const KsStage& stage, int64_t threads) {
-  const double chunks = static_cast<double>(stage.items) * stage.cost / kChunkCycles;
-  const int64_t worth = chunks < threads ? 1 + static_cast<int64_t>(chunks) : threads;
-  return std::max<int64_t>(1, std::min({threads, stage.items, worth}));
+  const double worth = static_cast<double>(stage.items) * stage.cost / kThreadCycles;
+  const int64_t most = std::min(threads, stage.items);
+  return worth < most ? std::max<int64_t>(1, static_cast<int64_t>(worth)) : most;
 }
 
 // The plan for some arguments and what it prepared from their table. Never changed once it is
