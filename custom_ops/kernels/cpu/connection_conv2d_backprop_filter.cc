@@ -19,7 +19,6 @@ namespace KS_ISA {
 namespace {
 
 constexpr int kMaxProducts = 9;
-constexpr int kMaxWindowColumns = 10;  // Of a region, where windows are used.
 
 // Input planes worked on at a time stay in the second-level cache, and a region of a plane in the
 // first. With few taps a vector of x is used too seldom for that: all of it stays in the first.
@@ -29,14 +28,42 @@ constexpr int64_t kFewTapsBytes = 54 * 1024;
 constexpr int64_t kFewTapsPositions = 13;
 KS_INLINE bool FewTaps(double taps) { return taps < 3; }
 
+// Clock cycles, roughly: of a vector to pack, a vector of products, a sum over lanes, a connection,
+// and a vector of x that is read.
+constexpr double kPackCost = 4;
+constexpr double kProductCost = 0.52;
+constexpr double kSumCost = 1.5;
+constexpr double kConnectionCost = 6;
+constexpr double kLoadCost = 0.5;
+
+KS_INLINE void Swap(int64_t* a, int64_t* b) {
+  const int64_t value = *a;
+  *a = *b;
+  *b = value;
+}
+
+// Where dot products run, in floats.
+struct Region {
+  int64_t rows, columns;
+  int64_t x_row, x_column;  // From one grid position to the next.
+  int64_t tap_row;          // From one tap to the next one below.
+  int64_t tap_rows;
+  int64_t x_size;  // Of a plane.
+};
+
 struct Parameters {
   LaneRegions regions;
   int64_t x_rows, x_columns, x_size, d_size;
   int64_t pointwise;
-  int64_t windows;         // 1: 3 x 3 neighbouring taps.
-  int64_t block_channels;  // Input channels worked on at a time.
+  int64_t swapped;         // 1: rows and columns have traded places.
+  int64_t window_columns;  // Of taps; 0 where products are taken tap by tap.
+  // 1: a region is as high (wide) as the image. Its planes have no margin above and below (left and
+  // right): taps that fall into the padding are skipped.
+  int64_t tall, wide;
+  int64_t block_channels;  // Input channels worked on at a time,
+  int64_t blocks;          // and in how many blocks.
   int64_t groups;
-  int64_t shared_planes;  // 1: all planes are packed in stage 0.
+  int64_t shared_planes;  // 1: all planes are packed first.
   int64_t splits;         // Parts of the output channels.
   int64_t split_channels;
   Parts parts;
@@ -44,119 +71,274 @@ struct Parameters {
 
 // --- Dot products --------------------------------------------------------------------------------
 
-// Where dot products run, in floats.
-struct Region {
-  int64_t rows, columns;
-  int64_t x_row, x_column;  // From one grid position to the next.
-  int64_t tap_row;          // From one tap to the next one below.
-};
-
-// results[p] += dot product of x + offsets[p] and d, for kCount values of p.
+// sums[p] = products of x[p] and d to be summed over lanes, for kCount values of p.
 template <int kCount>
-void DotAny(const Region& region, const float* x, const int64_t* offsets, const float* d,
-            float* results) {
-  Vec sums[kCount] = {};
+void DotAny(const Region& region, const float* const* x, const float* d, Vec* sums) {
+  // Positions take turns in the sets of sums, which hides the latency of adding.
+  constexpr int kSets = kCount >= 5 ? 1 : kCount >= 3 ? 2 : 4;
+  Vec all[kSets][kCount] = {};
   const float* base[kCount];
   KS_UNROLL
-  for (int p = 0; p < kCount; ++p) base[p] = x + offsets[p];
+  for (int p = 0; p < kCount; ++p) base[p] = x[p];
   for (int64_t r = 0; r < region.rows; ++r) {
     int64_t at = r * region.x_row;
-    for (int64_t q = 0; q < region.columns; ++q) {
+    int64_t q = region.columns;
+    for (; q >= kSets; q -= kSets) {
+      KS_UNROLL
+      for (int s = 0; s < kSets; ++s) {
+        const Vec here = Load(d);
+        KS_UNROLL
+        for (int p = 0; p < kCount; ++p) all[s][p] += here * Load(base[p] + at);
+        at += region.x_column;
+        d += kLanes;
+      }
+    }
+    if (kSets == 1) continue;
+    for (; q > 0; --q) {
       const Vec here = Load(d);
       KS_UNROLL
-      for (int p = 0; p < kCount; ++p) sums[p] += here * Load(base[p] + at);
+      for (int p = 0; p < kCount; ++p) all[0][p] += here * Load(base[p] + at);
       at += region.x_column;
       d += kLanes;
     }
   }
-  AddLaneSums(sums, results);
+  KS_UNROLL
+  for (int p = 0; p < kCount; ++p) {
+    Vec sum = all[0][p];
+    KS_UNROLL
+    for (int s = 1; s < kSets; ++s) sum += all[s][p];
+    sums[p] = sum;
+  }
 }
 
-// 3 x 3 neighbouring taps at kColumns neighbouring positions: a vector of x is loaded once for all
-// taps that read it. Positions take turns in the sets of sums, which hides the latency of adding.
-template <int kColumns, int kSets>
-KS_INLINE void AddWindow(const float* x, int64_t tap_row, const float* d, Vec (&sums)[kSets][9]) {
-  Vec values[kColumns];
+// The same for a row of pixels and input planes next to each other: x[channels[p] * x_size].
+template <int kCount>
+void DotPixels(const Region& region, const float* x, const int32_t* channels, const float* d,
+               Vec* sums) {
+  constexpr int kSets = kCount >= 5 ? 1 : kCount >= 3 ? 2 : 4;
+  Vec all[kSets][kCount] = {};
+  const float* base[kCount];
   KS_UNROLL
-  for (int q = 0; q < kColumns; ++q) values[q] = Load(d + q * kLanes);
-  KS_UNROLL
-  for (int i = 0; i < 3; ++i) {
-    const float* row = x + i * tap_row;
+  for (int p = 0; p < kCount; ++p) base[p] = x + channels[p] * region.x_size;
+  const int64_t size = region.columns * kLanes;
+  int64_t at = 0;
+  for (; at + kSets * kLanes <= size; at += kSets * kLanes) {
     KS_UNROLL
-    for (int t = 0; t < kColumns + 2; ++t) {
-      const Vec here = Load(row + t * kLanes);
+    for (int s = 0; s < kSets; ++s) {
+      const Vec here = Load(d + at + s * kLanes);
       KS_UNROLL
-      for (int j = 0; j < 3; ++j) {
-        if (t - j >= 0 && t - j < kColumns) {
-          sums[(t - j) % kSets][i * 3 + j] += here * values[t - j];
-        }
-      }
+      for (int p = 0; p < kCount; ++p) all[s][p] += here * Load(base[p] + at + s * kLanes);
     }
   }
-}
-
-// All windows of a row of kColumns positions.
-template <int kColumns, int kSets>
-struct AddRow {
-  KS_INLINE void Run(const float* x, int64_t tap_row, const float* d, Vec (&sums)[kSets][9]) {
-    constexpr int kHere = kColumns > 5 ? 4 : kColumns;
-    AddWindow<kHere, kSets>(x, tap_row, d, sums);
-    AddRow<kColumns - kHere, kSets>::Run(x + kHere * kLanes, tap_row, d + kHere * kLanes, sums);
-  }
-};
-template <int kSets>
-struct AddRow<0, kSets> {
-  KS_INLINE void Run(const float*, int64_t, const float*, Vec (&)[kSets][9]) {}
-};
-
-// region.columns is kColumns.
-template <int kColumns>
-void DotThreeByThree(const Region& region, const float* x, const float* d, float* results) {
-  constexpr int kSets = kRegisters == 32 ? 2 : 1;
-  Vec sums[kSets][9] = {};
-  const int64_t tap_row = region.tap_row, x_row = region.x_row;
-  for (int64_t r = region.rows; r > 0; --r) {
-    AddRow<kColumns, kSets>::Run(x, tap_row, d, sums);
-    x += x_row;
-    d += kColumns * kLanes;
+  for (; kSets > 1 && at < size; at += kLanes) {
+    const Vec here = Load(d + at);
+    KS_UNROLL
+    for (int p = 0; p < kCount; ++p) all[0][p] += here * Load(base[p] + at);
   }
   KS_UNROLL
-  for (int t = 0; t < 9; ++t)
-    sums[0][t] = kSets == 2 ? sums[0][t] + sums[kSets - 1][t] : sums[0][t];
-  AddLaneSums(sums[0], results);
+  for (int p = 0; p < kCount; ++p) {
+    Vec sum = all[0][p];
+    KS_UNROLL
+    for (int s = 1; s < kSets; ++s) sum += all[s][p];
+    sums[p] = sum;
+  }
 }
 
-typedef void (*WindowFunction)(const Region&, const float*, const float*, float*);
-template <int kColumns>
-struct FillWindowFunctions {
-  static void Run(WindowFunction* functions) {
-    functions[kColumns] = DotThreeByThree<kColumns>;
-    FillWindowFunctions<kColumns - 1>::Run(functions);
-  }
-};
-template <>
-struct FillWindowFunctions<0> {
-  static void Run(WindowFunction*) {}
-};
-
-typedef void (*DotFunction)(const Region&, const float*, const int64_t*, const float*, float*);
+typedef void (*PixelsFunction)(const Region&, const float*, const int32_t*, const float*, Vec*);
+typedef void (*DotFunction)(const Region&, const float* const*, const float*, Vec*);
 template <int kCount>
 struct FillDotFunctions {
-  static void Run(DotFunction* functions) {
+  static void Run(DotFunction* functions, PixelsFunction* pixels) {
     functions[kCount] = DotAny<kCount>;
-    FillDotFunctions<kCount - 1>::Run(functions);
+    pixels[kCount] = DotPixels<kCount>;
+    FillDotFunctions<kCount - 1>::Run(functions, pixels);
   }
 };
 template <>
 struct FillDotFunctions<0> {
-  static void Run(DotFunction*) {}
+  static void Run(DotFunction*, PixelsFunction*) {}
 };
+
+// Keeps a loaded vector in a register: the compiler would rather load it again for each product.
+KS_INLINE Vec InRegister(Vec v) {
+#if KS_VECTOR_BYTES == 64
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
+// Neighbouring taps: kTapRows x kTapColumns of them in registers, over a region of kColumns
+// columns. kWide: as Parameters::wide.
+template <int kRowsOfTaps, int kColumnsOfTaps, int kRegionColumns, bool kWide>
+struct Window {
+  static constexpr int kTapRows = kRowsOfTaps, kTapColumns = kColumnsOfTaps;
+  static constexpr int kColumns = kRegionColumns;
+  static constexpr int kTaps = kTapRows * kTapColumns;
+  // Columns take turns in the sets of sums, which hides the latency of adding.
+  static constexpr int kSets = kRegisters == 32 && kColumns > 1 ? 2 : 1;
+  static constexpr int kMargin = kWide ? kTapColumns / 2 : 0;
+  static constexpr int kPlaneColumns = kColumns + (kWide ? 0 : kTapColumns - 1);
+
+  // Columns [kAt, kColumns) of a row of the region and taps of rows [0, kRows): a vector of x is
+  // loaded once for all taps of a row that read it.
+  template <int kFirst, int kRows, int kAt>
+  KS_INLINE void AddColumns(const float* x, const float* d, Vec (&sums)[kSets][kTaps]) {
+    if constexpr (kAt < kColumns) {
+      constexpr int kHere = kColumns - kAt > 5 ? 4 : kColumns - kAt;
+      Vec values[kHere];
+      KS_UNROLL
+      for (int q = 0; q < kHere; ++q) values[q] = Load(d + (kAt + q) * kLanes);
+      KS_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        KS_UNROLL
+        for (int t = 0; t < kHere + kTapColumns - 1; ++t) {
+          const int column = kAt + t - kMargin;
+          if (kWide && (column < 0 || column >= kColumns)) continue;
+          const Vec here = InRegister(Load(x + (i * kPlaneColumns + column) * kLanes));
+          KS_UNROLL
+          for (int j = 0; j < kTapColumns; ++j) {
+            if (t - j >= 0 && t - j < kHere) {
+              sums[(t - j) % kSets][(kFirst + i) * kTapColumns + j] += here * values[t - j];
+            }
+          }
+        }
+      }
+      AddColumns<kFirst, kRows, kAt + kHere>(x, d, sums);
+    }
+  }
+
+  KS_INLINE void Keep(const Vec (&sums)[kSets][kTaps], Vec* results) {
+    KS_UNROLL
+    for (int t = 0; t < kTaps; ++t) {
+      results[t] = kSets == 2 ? sums[0][t] + sums[kSets - 1][t] : sums[0][t];
+    }
+  }
+};
+
+// The sums over a region for connections with the input planes at x + channels[c] * region.x_size.
+typedef void (*WindowFunction)(const Region&, const float* x, const int32_t* channels,
+                               int64_t channel_begin, int64_t connections, const float* d,
+                               Vec* sums);
+
+// kTall: as Parameters::tall.
+template <int kColumns, bool kWide, bool kTall>
+void DotThreeByThree(const Region& region, const float* x, const int32_t* channels,
+                     int64_t channel_begin, int64_t connections, const float* d, Vec* results) {
+  typedef Window<3, 3, kColumns, kWide> W;
+  const int64_t x_row = region.x_row;
+  for (int64_t c = 0; c < connections; ++c) {
+    const float* at = x + (channels[c] - channel_begin) * region.x_size;
+    const float* next = x + (channels[c + (c + 1 < connections)] - channel_begin) * region.x_size;
+    const float* values = d;
+    Vec sums[W::kSets][W::kTaps] = {};
+    int64_t rows = region.rows;
+    if (kTall) {
+      KS_UNROLL
+      for (int q = 0; q < W::kPlaneColumns; ++q) __builtin_prefetch(next + q * kLanes);
+      next += x_row;
+      W::template AddColumns<1, 2, 0>(at, values, sums);
+      values += kColumns * kLanes;
+      rows -= 2;
+    }
+    for (; rows > 0; --rows) {
+      KS_UNROLL
+      for (int q = 0; q < W::kPlaneColumns; ++q) __builtin_prefetch(next + q * kLanes);
+      next += x_row;
+      W::template AddColumns<0, 3, 0>(at, values, sums);
+      values += kColumns * kLanes;
+      at += x_row;
+    }
+    if (kTall) W::template AddColumns<0, 2, 0>(at, values, sums);
+    W::Keep(sums, results + c * W::kTaps);
+  }
+}
+
+// Taps row by row.
+template <int kTapColumns, int kColumns, bool kWide>
+void DotRows(const Region& region, const float* x, const int32_t* channels, int64_t channel_begin,
+             int64_t connections, const float* d, Vec* results) {
+  typedef Window<1, kTapColumns, kColumns, kWide> W;
+  const int64_t x_row = region.x_row;
+  for (int64_t c = 0; c < connections; ++c) {
+    const float* plane = x + (channels[c] - channel_begin) * region.x_size;
+    const float* next = x + (channels[c + (c + 1 < connections)] - channel_begin) * region.x_size;
+    for (int64_t i = 0; i < region.tap_rows; ++i) {
+      const float* at = plane + i * region.tap_row;
+      const float* values = d;
+      Vec sums[W::kSets][W::kTaps] = {};
+      for (int64_t r = 0; r < region.rows; ++r) {
+        if (i == 0) {
+          KS_UNROLL
+          for (int q = 0; q < W::kPlaneColumns; ++q) __builtin_prefetch(next + q * kLanes);
+        }
+        next += x_row;
+        W::template AddColumns<0, 1, 0>(at, values, sums);
+        values += kColumns * kLanes;
+        at += x_row;
+      }
+      W::Keep(sums, results);
+      results += W::kTaps;
+    }
+  }
+}
+
+constexpr int64_t kMaxColumnsOfThree = 14, kMaxColumnsOfRows = 18;
+
+template <int kColumns = kMaxColumnsOfThree>
+WindowFunction FindThreeByThree(int64_t columns, bool wide, bool tall) {
+  if constexpr (kColumns == 0) {
+    return nullptr;
+  } else {
+    if (columns != kColumns) return FindThreeByThree<kColumns - 1>(columns, wide, tall);
+    if (wide) {
+      return tall ? DotThreeByThree<kColumns, true, true> : DotThreeByThree<kColumns, true, false>;
+    }
+    return tall ? DotThreeByThree<kColumns, false, true> : DotThreeByThree<kColumns, false, false>;
+  }
+}
+
+template <int kTapColumns, int kColumns = kMaxColumnsOfRows>
+WindowFunction FindRows(int64_t columns, bool wide) {
+  if constexpr (kColumns == 0) {
+    return nullptr;
+  } else {
+    if (columns != kColumns) return FindRows<kTapColumns, kColumns - 1>(columns, wide);
+    return wide ? DotRows<kTapColumns, kColumns, true> : DotRows<kTapColumns, kColumns, false>;
+  }
+}
+
+// 3 x 3 taps next to each other. Other kernels of three columns go row by row.
+bool IsThreeByThree(const KsGeometry& view) {
+  return view.kernel_height == 3 && view.kernel_width == 3 && view.dilation_height == 1;
+}
+
+WindowFunction FindWindow(const KsGeometry& view, const Parameters& p) {
+  if (p.window_columns == 3) {
+    return IsThreeByThree(view) ? FindThreeByThree<>(p.regions.columns, p.wide, p.tall)
+                                : FindRows<3>(p.regions.columns, p.wide);
+  }
+  return p.window_columns == 5 ? FindRows<5>(p.regions.columns, p.wide)
+                               : FindRows<7>(p.regions.columns, p.wide);
+}
 
 // --- The plan ------------------------------------------------------------------------------------
 
+// The geometry with rows and columns traded for kernels of one column: these run as kernels of one
+// row.
+KsGeometry View(const KsGeometry& geometry, bool swapped) {
+  if (!swapped) return geometry;
+  return {geometry.batch,           geometry.in_width,      geometry.in_height,
+          geometry.in_channels,     geometry.out_width,     geometry.out_height,
+          geometry.out_channels,    geometry.kernel_width,  geometry.kernel_height,
+          geometry.stride_width,    geometry.stride_height, geometry.dilation_width,
+          geometry.dilation_height, geometry.pad_left,      geometry.pad_top};
+}
+
 // A convolution with one tap sees pixels: the batch is one long row of them.
-Grid ReductionGrid(const KsGeometry& geometry, bool pointwise) {
-  Grid grid = ForwardGrid(geometry);
+Grid ReductionGrid(const KsGeometry& view, bool pointwise) {
+  Grid grid = ForwardGrid(view);
   if (pointwise) {
     grid.width = grid.columns = grid.batch * grid.height * grid.width;
     grid.batch = grid.height = grid.rows = 1;
@@ -168,37 +350,61 @@ Grid ReductionGrid(const KsGeometry& geometry, bool pointwise) {
 bool CutsEvenly(int64_t axis, int64_t size) { return CeilDiv(axis, CeilDiv(axis, size)) == size; }
 
 // Cuts the grid into the regions that look cheapest, in clock cycles.
-void ChooseRegions(const Grid& grid, double taps, double kept, double out_channels,
-                   Parameters* parameters) {
+void ChooseRegions(const KsGeometry& view, const Grid& grid, double taps, double kept,
+                   double out_channels, Parameters* parameters) {
   const int64_t most_positions =
       FewTaps(taps) ? kFewTapsPositions
                     : Max(kMostPositions, 3 * (grid.reach_height + 1) * (grid.reach_width + 1));
-  const int64_t most_columns = parameters->windows ? kMaxWindowColumns : most_positions;
+  const bool three = parameters->window_columns == 3 && IsThreeByThree(view);
+  const int64_t most_columns = three                        ? kMaxColumnsOfThree
+                               : parameters->window_columns ? kMaxColumnsOfRows
+                                                            : most_positions;
+  const bool may_be_tall = three && grid.step_height == 1 && grid.reach_height == 2 &&
+                           grid.pad_top == 1 && grid.rows == grid.height && grid.rows > 1;
+  const bool may_be_wide = parameters->window_columns > 0 &&
+                           grid.pad_left * 2 == grid.reach_width && grid.columns == grid.width;
   double best = -1;
   for (int64_t rows = 1; rows <= Min(grid.rows, most_positions); ++rows) {
     if (!CutsEvenly(grid.rows, rows)) continue;
-    const int64_t x_rows = (rows - 1) * grid.step_height + grid.reach_height + 1;
+    const bool tall = may_be_tall && rows == grid.rows;
+    const int64_t x_rows = tall ? rows : (rows - 1) * grid.step_height + grid.reach_height + 1;
     for (int64_t columns = 1; columns <= Min(grid.columns, most_columns); ++columns) {
-      const int64_t x_columns = (columns - 1) * grid.step_width + grid.reach_width + 1;
-      if (best >= 0 && x_rows * x_columns > most_positions) break;
+      const bool wide = may_be_wide && columns == grid.columns;
+      const int64_t x_columns =
+          wide ? columns : (columns - 1) * grid.step_width + grid.reach_width + 1;
+      if (best >= 0 && x_rows * x_columns > most_positions) continue;
       if (!CutsEvenly(grid.columns, columns)) continue;
       const LaneRegions regions = {grid.batch, rows, columns, CeilDiv(grid.rows, rows),
                                    CeilDiv(grid.columns, columns)};
       const double positions = static_cast<double>(rows * columns);
       const double x_positions = static_cast<double>(x_rows) * static_cast<double>(x_columns);
+      // The share of products that is not skipped.
+      double inside = 1;
+      if (tall) inside -= 2.0 / static_cast<double>(3 * rows);
+      if (wide) {
+        const double margin = static_cast<double>(grid.reach_width / 2);
+        inside *= 1 - margin * (margin + 1) / static_cast<double>((grid.reach_width + 1) * columns);
+      }
       // Packing; then multiply-adds, sums over lanes and loads of each connection.
-      const double cost =
-          static_cast<double>(LaneGroups(regions)) *
-          (3 * (x_positions * static_cast<double>(grid.channels) + positions * out_channels) +
-           kept * (positions * taps / 1.9 + 2.5 * taps + x_positions * 0.7));
+      const double cost = static_cast<double>(LaneGroups(regions)) *
+                          (kPackCost * (x_positions * static_cast<double>(grid.channels) +
+                                        positions * out_channels) +
+                           kept * (positions * taps * inside * kProductCost + kSumCost * taps +
+                                   kConnectionCost + x_positions * kLoadCost));
       if (best < 0 || cost < best) {
         best = cost;
         parameters->regions = regions;
         parameters->x_rows = x_rows;
         parameters->x_columns = x_columns;
+        parameters->tall = tall;
+        parameters->wide = wide;
       }
     }
   }
+}
+
+int64_t TableBytes(const Parameters& p, int64_t out_channels) {
+  return PieceBytes((p.blocks + 1) * out_channels, 4);
 }
 
 }  // namespace
@@ -212,21 +418,26 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
   if (geometry.batch == 0 || geometry.out_height == 0 || geometry.out_width == 0) return 0;
   Parameters parameters = {};
   parameters.pointwise = IsPointwise(geometry);
-  parameters.windows = geometry.kernel_height == 3 && geometry.kernel_width == 3 &&
-                       geometry.stride_width == 1 && geometry.dilation_width == 1;
-  const Grid grid = ReductionGrid(geometry, parameters.pointwise);
+  parameters.swapped = geometry.kernel_width == 1 && geometry.kernel_height > 1;
+  const KsGeometry view = View(geometry, parameters.swapped);
+  if (view.stride_width == 1 && view.dilation_width == 1 &&
+      (view.kernel_width == 3 || view.kernel_width == 5 || view.kernel_width == 7)) {
+    parameters.window_columns = view.kernel_width;
+  }
+  const Grid grid = ReductionGrid(view, parameters.pointwise);
   const double reach =
       (static_cast<double>(grid.reach_height) + 1) * (static_cast<double>(grid.reach_width) + 1);
   if (reach > 1 << 16) return 0;
-  ChooseRegions(grid, taps, static_cast<double>(arguments->kept),
+  ChooseRegions(view, grid, taps, static_cast<double>(arguments->kept),
                 static_cast<double>(geometry.out_channels), &parameters);
   const LaneRegions& regions = parameters.regions;
   parameters.x_size = LanePlaneSize(parameters.x_rows, parameters.x_columns);
   parameters.d_size = LanePlaneSize(regions.rows, regions.columns);
+  const int64_t plane_bytes = parameters.x_size * 4;
   parameters.block_channels = Min(
       RoundUp(Max(1, geometry.in_channels), kLanes),
-      Max(1, (FewTaps(taps) ? kFewTapsBytes : kChannelsBytes) / (parameters.x_size * 4 * kLanes)) *
-          kLanes);
+      Max(1, (FewTaps(taps) ? kFewTapsBytes : kChannelsBytes) / (plane_bytes * kLanes)) * kLanes);
+  parameters.blocks = Max(1, CeilDiv(geometry.in_channels, parameters.block_channels));
   const int64_t groups = parameters.groups = LaneGroups(regions);
 
   const int64_t sums = arguments->kept * static_cast<int64_t>(taps);
@@ -252,6 +463,10 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
   const int64_t x_items = CeilDiv(geometry.in_channels, kPackedChannels);
   const int64_t d_items = CeilDiv(geometry.out_channels, kPackedChannels);
   KsStage* stage = plan->stages;
+  stage->items = 1;
+  stage->cost = 1000 + parameters.blocks * geometry.out_channels * 10;
+  stage->prepares = KS_PREPARES_TABLE;
+  ++stage;
   stage->items = parameters.shared_planes ? groups * (x_items + d_items) : 0;
   stage->cost = 100 + parameters.x_size * kPackedChannels / 5;
   ++stage;
@@ -265,7 +480,7 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
                 static_cast<double>(stage->items));
   ++stage;
   PlanPartsStage(parameters.parts, stage);
-  plan->num_stages = 3;
+  plan->num_stages = 4;
 
   const int64_t x_bytes =
       PieceBytes(parameters.x_size * (parameters.shared_planes ? groups * geometry.in_channels
@@ -276,9 +491,9 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
                                                                : parameters.split_channels),
                  4);
   if (x_bytes + d_bytes > kScratchLimit) return 0;
+  plan->table_bytes = TableBytes(parameters, geometry.out_channels);
   plan->shared_bytes = PartsBytes(parameters.parts);
-  plan->scratch_bytes =
-      PieceBytes(static_cast<int64_t>(taps), 8) + PieceBytes(parameters.split_channels, 4);
+  plan->scratch_bytes = PieceBytes(static_cast<int64_t>(taps), 8) + PieceBytes(sizeof(LaneSums), 1);
   (parameters.shared_planes ? plan->shared_bytes : plan->scratch_bytes) += x_bytes + d_bytes;
   SaveParameters(parameters, plan);
   return 1;
@@ -286,54 +501,90 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
 
 namespace {
 
+// starts[block * out_channels + o]: the first connection of output channel o from an input channel
+// of the block or a later one.
+void CutTable(const KsArguments& arguments, const Parameters& p, int32_t* starts) {
+  const int64_t out_channels = arguments.geometry.out_channels;
+  for (int64_t o = 0; o < out_channels; ++o) {
+    int64_t c = arguments.row_splits[o];
+    for (int64_t block = 0; block <= p.blocks; ++block) {
+      while (c < arguments.row_splits[o + 1] &&
+             arguments.input_channels[c] < block * p.block_channels) {
+        ++c;
+      }
+      starts[block * out_channels + o] = static_cast<int32_t>(c);
+    }
+  }
+}
+
 struct Work {
   const KsArguments& arguments;
   const Parameters& parameters;
+  const int32_t* starts;
   Region region;
   int64_t taps;
   int64_t* offsets;  // Of the taps, in a plane.
-  int32_t* next;     // Next connection of each output channel of the item.
-  float* sums;
+  LaneSums* sums;
+  float* results;  // Of all connections.
+  WindowFunction window;
   DotFunction dot[kMaxProducts + 1];
-  WindowFunction windows[kMaxWindowColumns + 1];
+  PixelsFunction pixels[kMaxProducts + 1];
 };
 
-// All connections from input channels below channel_end that have not been taken yet. `x` is the
-// plane of channel_begin, `d` that of out_begin.
-void AddProducts(Work* work, int64_t channel_begin, int64_t channel_end, const float* x,
-                 int64_t out_begin, int64_t out_end, const float* d) {
-  const KsArguments& arguments = work->arguments;
-  const Parameters& parameters = work->parameters;
-  const int64_t taps = work->taps;
+// How many of the products that are left to take at a time: few are slower each.
+KS_INLINE int64_t Together(int64_t left) {
+  return left <= kMaxProducts ? left : left < 2 * kMaxProducts ? left / 2 : kMaxProducts;
+}
+
+// All connections from a block of input channels. `x` is the plane of the first of them, `d` that
+// of out_begin.
+void AddProducts(const Work& work, int64_t block, const float* x, int64_t out_begin,
+                 int64_t out_end, const float* d) {
+  const KsArguments& arguments = work.arguments;
+  const Parameters& parameters = work.parameters;
+  const int64_t taps = work.taps;
+  const int64_t channel_begin = block * parameters.block_channels;
+  const int32_t* starts = work.starts + block * arguments.geometry.out_channels;
+  const int32_t* ends = starts + arguments.geometry.out_channels;
+  const int64_t most = Max(1, LaneSums::kRoom / taps);
   for (int64_t o = out_begin; o < out_end; ++o, d += parameters.d_size) {
-    const int64_t first = work->next[o - out_begin];
-    const int64_t end = arguments.row_splits[o + 1];
-    int64_t last = first;
-    while (last < end && arguments.input_channels[last] < channel_end) ++last;
-    work->next[o - out_begin] = static_cast<int32_t>(last);
-    if (parameters.windows) {
-      const WindowFunction dot = work->windows[parameters.regions.columns];
-      for (int64_t c = first; c < last; ++c) {
-        dot(work->region, x + (arguments.input_channels[c] - channel_begin) * parameters.x_size, d,
-            work->sums + c * taps);
+    const int64_t first = starts[o], last = ends[o];
+    if (first == last) continue;
+    float* results = work.results + first * taps;
+    if (work.window != nullptr) {
+      for (int64_t c = first; c < last; c += most) {
+        const int64_t count = Min(most, last - c);
+        Vec* place = work.sums->Push(results, count * taps);
+        work.window(work.region, x, arguments.input_channels + c, channel_begin, count, d, place);
+        results += count * taps;
       }
       continue;
     }
-    // Products in table order, up to kMaxProducts at a time.
+    if (parameters.pointwise) {
+      const float* origin = x - channel_begin * parameters.x_size;
+      for (int64_t left = last - first; left > 0;) {
+        const int64_t count = Together(left);
+        work.pixels[count](work.region, origin, arguments.input_channels + last - left, d,
+                           work.sums->Push(results, count));
+        results += count;
+        left -= count;
+      }
+      continue;
+    }
+    // Products in table order.
     int64_t c = first, t = 0;
-    float* results = work->sums + first * taps;
+    const float* plane = x + (arguments.input_channels[c] - channel_begin) * parameters.x_size;
     for (int64_t left = (last - first) * taps; left > 0;) {
-      const int64_t count = Min(kMaxProducts, left);
-      int64_t at[kMaxProducts];
+      const int64_t count = Together(left);
+      const float* at[kMaxProducts];
       for (int64_t i = 0; i < count; ++i) {
-        at[i] =
-            (arguments.input_channels[c] - channel_begin) * parameters.x_size + work->offsets[t];
-        if (++t == taps) {
+        at[i] = plane + work.offsets[t];
+        if (++t == taps && ++c < last) {
           t = 0;
-          ++c;
+          plane = x + (arguments.input_channels[c] - channel_begin) * parameters.x_size;
         }
       }
-      work->dot[count](work->region, x, at, d, results);
+      work.dot[count](work.region, at, d, work.sums->Push(results, count));
       results += count;
       left -= count;
     }
@@ -348,31 +599,53 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
   const KsGeometry& geometry = arguments->geometry;
   const Parameters parameters = LoadParameters<Parameters>(plan);
   const LaneRegions& regions = parameters.regions;
+  int32_t* const starts = static_cast<int32_t*>(memory->table);
+  if (stage == 0) {
+    CutTable(*arguments, parameters, starts);
+    return;
+  }
   Arena shared_arena = {static_cast<char*>(memory->shared)};
   float* const part_sums = shared_arena.Take<float>(PartsBytes(parameters.parts) / 4);
-  if (stage == 2) {
+  if (stage == 3) {
     AddParts(parameters.parts, begin, end, part_sums, arguments->output);
     return;
   }
-  const Grid grid = ReductionGrid(geometry, parameters.pointwise);
-  const LaneSource x_source = {arguments->input,     grid.height,      grid.width,
-                               grid.channels,        grid.step_height, grid.step_width,
-                               grid.pad_top,         grid.pad_left,    parameters.x_rows,
-                               parameters.x_columns, parameters.x_size};
-  const LaneSource d_source = {arguments->out_backprop,
-                               grid.rows,
-                               grid.columns,
-                               geometry.out_channels,
-                               1,
-                               1,
-                               0,
-                               0,
-                               regions.rows,
-                               regions.columns,
-                               parameters.d_size};
+  const KsGeometry view = View(geometry, parameters.swapped);
+  const Grid grid = ReductionGrid(view, parameters.pointwise);
+  LaneSource x_source = {};
+  x_source.data = arguments->input;
+  x_source.height = grid.height;
+  x_source.width = grid.width;
+  x_source.channels = geometry.in_channels;
+  x_source.image = geometry.in_height * geometry.in_width * geometry.in_channels;
+  x_source.row = geometry.in_width * geometry.in_channels;
+  x_source.column = geometry.in_channels;
+  x_source.step_height = grid.step_height;
+  x_source.step_width = grid.step_width;
+  x_source.origin_height = parameters.tall ? 0 : grid.pad_top;
+  x_source.origin_width = parameters.wide ? 0 : grid.pad_left;
+  x_source.rows = parameters.x_rows;
+  x_source.columns = parameters.x_columns;
+  x_source.plane_size = parameters.x_size;
+  LaneSource d_source = {};
+  d_source.data = arguments->out_backprop;
+  d_source.height = grid.rows;
+  d_source.width = grid.columns;
+  d_source.channels = geometry.out_channels;
+  d_source.image = geometry.out_height * geometry.out_width * geometry.out_channels;
+  d_source.row = geometry.out_width * geometry.out_channels;
+  d_source.column = geometry.out_channels;
+  d_source.step_height = d_source.step_width = 1;
+  d_source.rows = regions.rows;
+  d_source.columns = regions.columns;
+  d_source.plane_size = parameters.d_size;
+  if (parameters.swapped) {
+    Swap(&x_source.row, &x_source.column);
+    Swap(&d_source.row, &d_source.column);
+  }
   const int64_t x_group = geometry.in_channels * parameters.x_size;
   const int64_t d_group = geometry.out_channels * parameters.d_size;
-  if (stage == 0) {
+  if (stage == 1) {
     float* const x = shared_arena.Take<float>(parameters.groups * x_group);
     float* const d = reinterpret_cast<float*>(shared_arena.at);
     const int64_t x_items = CeilDiv(geometry.in_channels, kPackedChannels);
@@ -391,17 +664,23 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
   const int64_t taps = geometry.kernel_height * geometry.kernel_width;
   const int64_t x_columns = parameters.x_columns;
   Arena arena = {static_cast<char*>(memory->scratch)};
-  Work work = {*arguments, parameters, {}, taps, nullptr, nullptr, nullptr, {}, {}};
-  work.region = {regions.rows, regions.columns, grid.step_height * x_columns * kLanes,
-                 grid.step_width * kLanes, geometry.dilation_height * x_columns * kLanes};
+  Work work = {*arguments, parameters, starts,  {}, taps, nullptr,
+               nullptr,    nullptr,    nullptr, {}, {}};
+  work.region = {regions.rows,
+                 regions.columns,
+                 grid.step_height * x_columns * kLanes,
+                 grid.step_width * kLanes,
+                 view.dilation_height * x_columns * kLanes,
+                 view.kernel_height,
+                 parameters.x_size};
   work.offsets = arena.Take<int64_t>(taps);
-  work.next = arena.Take<int32_t>(parameters.split_channels);
+  work.sums = arena.Take<LaneSums>(1);
   for (int64_t t = 0; t < taps; ++t) {
-    work.offsets[t] = t / geometry.kernel_width * work.region.tap_row +
-                      t % geometry.kernel_width * geometry.dilation_width * kLanes;
+    work.offsets[t] = t / view.kernel_width * work.region.tap_row +
+                      t % view.kernel_width * view.dilation_width * kLanes;
   }
-  FillWindowFunctions<kMaxWindowColumns>::Run(work.windows);
-  FillDotFunctions<kMaxProducts>::Run(work.dot);
+  if (parameters.window_columns > 0) work.window = FindWindow(view, parameters);
+  FillDotFunctions<kMaxProducts>::Run(work.dot, work.pixels);
   Arena& planes_arena = parameters.shared_planes ? shared_arena : arena;
   float* const x_planes = planes_arena.Take<float>(
       parameters.shared_planes ? parameters.groups * x_group
@@ -413,12 +692,11 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
     const int64_t split = item % parameters.splits;
     const int64_t out_begin = Min(geometry.out_channels, split * parameters.split_channels);
     const int64_t out_end = Min(geometry.out_channels, out_begin + parameters.split_channels);
-    work.sums = PartSums(parameters.parts, part, part_sums, arguments->output);
-    const int64_t first = arguments->row_splits[out_begin];
-    const int64_t last = arguments->row_splits[out_end];
-    if (last > first) memset(work.sums + first * taps, 0, (last - first) * taps * 4);
-    for (int64_t group = PartBegin(parameters.groups, parameters.parts.count, part);
-         group < PartBegin(parameters.groups, parameters.parts.count, part + 1); ++group) {
+    work.results = PartSums(parameters.parts, part, part_sums, arguments->output);
+    const int64_t first = PartBegin(parameters.groups, parameters.parts.count, part);
+    const int64_t last = PartBegin(parameters.groups, parameters.parts.count, part + 1);
+    for (int64_t group = first; group < last; ++group) {
+      work.sums->Start(group > first);
       const float* d = d_planes + group * d_group + out_begin * parameters.d_size;
       if (!parameters.shared_planes) {
         for (int64_t o = out_begin; o < out_end; o += kPackedChannels) {
@@ -427,10 +705,8 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
         }
         d = d_planes;
       }
-      for (int64_t o = out_begin; o < out_end; ++o) {
-        work.next[o - out_begin] = arguments->row_splits[o];
-      }
-      for (int64_t c = 0; c < geometry.in_channels; c += parameters.block_channels) {
+      for (int64_t block = 0; block < parameters.blocks; ++block) {
+        const int64_t c = block * parameters.block_channels;
         const int64_t c_end = Min(geometry.in_channels, c + parameters.block_channels);
         const float* x = x_planes + group * x_group + c * parameters.x_size;
         if (!parameters.shared_planes) {
@@ -440,8 +716,9 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
           }
           x = x_planes;
         }
-        AddProducts(&work, c, c_end, x, out_begin, out_end, d);
+        AddProducts(work, block, x, out_begin, out_end, d);
       }
+      work.sums->Finish();
     }
   }
 }

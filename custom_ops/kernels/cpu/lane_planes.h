@@ -25,11 +25,12 @@ KS_INLINE int64_t LaneGroups(const LaneRegions& regions) {
   return CeilDiv(regions.batch * regions.row_regions * regions.col_regions, kLanes);
 }
 
-// An NHWC tensor seen from the regions: grid position (y, x) reads pixels from
+// A tensor seen from the regions: grid position (y, x) reads pixels from
 // (y * step_height - origin_height, x * step_width - origin_width) on.
 struct LaneSource {
   const float* data;
   int64_t height, width, channels;
+  int64_t image, row, column;  // Floats from one to the next.
   int64_t step_height, step_width;
   int64_t origin_height, origin_width;
   int64_t rows, columns;  // Of a plane.
@@ -40,65 +41,146 @@ KS_INLINE int64_t LanePlaneSize(int64_t rows, int64_t columns) {
   return (rows * columns | 1) * kLanes;
 }
 
+// --- Lanes in registers --------------------------------------------------------------------------
+
+// Shuffles of two vectors in blocks of four lanes, which cost half of what a free choice of lanes
+// costs: the low and high halves of blocks in turn, single lanes (kWidth 1) or pairs (2) of `a` and
+// `b`; or even and odd blocks, those of `a` first (4).
+template <int kWidth, int kHigh, int... kIndex>
+KS_INLINE Vec Merge(Vec a, Vec b, Lanes<kIndex...>) {
+  if (kWidth == 1) {
+    return Shuffle(a, b,
+                   Lanes<(kIndex % 2 * kLanes + (kIndex & ~3) + kIndex % 4 / 2 + 2 * kHigh)...>());
+  }
+  if (kWidth == 2) {
+    return Shuffle(a, b,
+                   Lanes<(kIndex % 4 / 2 * kLanes + (kIndex & ~3) + kIndex % 2 + 2 * kHigh)...>());
+  }
+  constexpr int kHalf = kLanes / 8 > 0 ? kLanes / 8 : 1;  // Blocks of the result that are of `a`.
+  return Shuffle(a, b,
+                 Lanes<(kIndex / 4 / kHalf % 2 * kLanes + kIndex / 4 % kHalf * 8 +
+                        (kLanes > 4 ? 4 * kHigh : 0) + kIndex % 4)...>());
+}
+template <int kWidth>
+KS_INLINE void MergeBoth(Vec& a, Vec& b) {
+  const Vec low = Merge<kWidth, 0>(a, b, AllLanes());
+  b = Merge<kWidth, 1>(a, b, AllLanes());
+  a = low;
+}
+template <int kWidth>
+KS_INLINE Vec MergeSum(Vec a, Vec b) {
+  return Merge<kWidth, 0>(a, b, AllLanes()) + Merge<kWidth, 1>(a, b, AllLanes());
+}
+
+// Stores the columns of kLanes x kLanes values, `stride` floats apart.
+KS_INLINE void StoreColumns(Vec (&rows)[kLanes], float* target, int64_t stride) {
+  KS_UNROLL
+  for (int r = 0; r < kLanes; r += 2) MergeBoth<1>(rows[r], rows[r + 1]);
+  KS_UNROLL
+  for (int r = 0; r < kLanes; r += 4) {
+    MergeBoth<2>(rows[r], rows[r + 2]);
+    MergeBoth<2>(rows[r + 1], rows[r + 3]);
+  }
+  // The second and third of four rows have traded places. What is left is to transpose blocks.
+#if KS_VECTOR_BYTES >= 32
+  KS_UNROLL
+  for (int r = 0; r < kLanes; r += 8) {
+    KS_UNROLL
+    for (int i = 0; i < 4; ++i) MergeBoth<4>(rows[r + i], rows[r + 4 + i]);
+  }
+#endif
+#if KS_VECTOR_BYTES >= 64
+  KS_UNROLL
+  for (int i = 0; i < 8; ++i) MergeBoth<4>(rows[i], rows[8 + i]);
+#endif
+  KS_UNROLL
+  for (int r = 0; r < kLanes; ++r) {
+    const int column = r / 4 * 4 + (r % 4 == 1 ? 2 : r % 4 == 2 ? 1 : r % 4);
+    Store(target + column * stride, rows[r]);
+  }
+}
+
+// Lane i of the result: the sum of the lanes of vectors[i].
+KS_INLINE Vec SumEach(const Vec* vectors) {
+  Vec fours[kLanes / 4];
+  KS_UNROLL
+  for (int g = 0; g < kLanes / 4; ++g) {
+    fours[g] = MergeSum<2>(MergeSum<1>(vectors[4 * g], vectors[4 * g + 1]),
+                           MergeSum<1>(vectors[4 * g + 2], vectors[4 * g + 3]));
+  }
+#if KS_VECTOR_BYTES >= 64
+  return MergeSum<4>(MergeSum<4>(fours[0], fours[1]), MergeSum<4>(fours[2], fours[3]));
+#elif KS_VECTOR_BYTES >= 32
+  return MergeSum<4>(fours[0], fours[1]);
+#else
+  return fours[0];
+#endif
+}
+
+// --- Packing -------------------------------------------------------------------------------------
+
 constexpr int64_t kPackedChannels = 64;  // The most that PackLanes packs at once.
+constexpr int64_t kPixelsAhead = 2;      // That are fetched while a pixel is packed.
 
 // Fills the planes of channels [channel_begin, channel_end) of a group; `planes` is that of
 // channel_begin.
 KS_INLINE void PackLanes(const LaneRegions& regions, const LaneSource& source, int64_t group,
                          int64_t channel_begin, int64_t channel_end, float* planes) {
-  static const float kZeros[kPackedChannels] = {};
+  alignas(KS_ALIGNMENT) static const float kZeros[kPackedChannels] = {};
   const int64_t channels = channel_end - channel_begin;
   const int64_t per_image = regions.row_regions * regions.col_regions;
-  // A lane's first pixel, as image row, column and offset, and whether the lane is in use.
-  int64_t y[kLanes], x[kLanes], image[kLanes];
+  // A lane's first pixel as an address, which may lie outside of the image, and the part of the
+  // plane that is in the image.
+  intptr_t first[kLanes];
+  int64_t row_begin[kLanes], row_end[kLanes], column_begin[kLanes], column_end[kLanes];
   for (int l = 0; l < kLanes; ++l) {
     const int64_t region = group * kLanes + l;
-    image[l] = region / per_image;
-    y[l] = region % per_image / regions.col_regions * regions.rows * source.step_height -
-           source.origin_height;
-    x[l] = region % regions.col_regions * regions.columns * source.step_width - source.origin_width;
-    if (image[l] >= regions.batch) y[l] = -source.rows;  // Every row of it is outside.
+    const int64_t image = region / per_image;
+    const int64_t y = region % per_image / regions.col_regions * regions.rows * source.step_height -
+                      source.origin_height;
+    const int64_t x =
+        region % regions.col_regions * regions.columns * source.step_width - source.origin_width;
+    first[l] = reinterpret_cast<intptr_t>(source.data) +
+               4 * (image * source.image + y * source.row + x * source.column + channel_begin);
+    row_begin[l] = -y;
+    row_end[l] = image < regions.batch ? source.height - y : 0;
+    column_begin[l] = -x;
+    column_end[l] = source.width - x;
   }
   for (int64_t r = 0; r < source.rows; ++r) {
-    const float* base[kLanes];
-    int64_t first[kLanes];
-    uint64_t used[kLanes];  // Columns from the first one in the image on.
+    int64_t row_columns[kLanes];  // The end of its columns; 0 where the row is outside.
     for (int l = 0; l < kLanes; ++l) {
-      const bool inside = y[l] + r >= 0 && y[l] + r < source.height;
-      base[l] =
-          source.data + channel_begin +
-          (inside ? ((image[l] * source.height + y[l] + r) * source.width + x[l]) * source.channels
-                  : 0);
-      first[l] = -x[l];
-      used[l] = inside ? source.width : 0;
+      row_columns[l] = r >= row_begin[l] && r < row_end[l] ? column_end[l] : 0;
     }
     for (int64_t q = 0; q < source.columns; ++q) {
-      const float* from[kLanes];
+      const int64_t offset = 4 * (r * source.row + q * source.column);
+      // Fetched while this pixel is packed: the next ones, in the image or not.
+      const int64_t next = q + kPixelsAhead;
+      const int64_t ahead =
+          next < source.columns
+              ? offset + 4 * kPixelsAhead * source.column
+              : 4 * ((r + 1) * source.row + (next - source.columns) * source.column);
+      intptr_t pixels[kLanes];
       for (int l = 0; l < kLanes; ++l) {
-        const float* const pixel = base[l] + q * source.channels;
-        from[l] = static_cast<uint64_t>(q - first[l]) < used[l] ? pixel : kZeros;
+        const bool inside = q >= column_begin[l] && q < row_columns[l];
+        pixels[l] = inside ? first[l] + offset : reinterpret_cast<intptr_t>(kZeros);
       }
       float* target = planes + (r * source.columns + q) * kLanes;
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        float* plane = target + c * source.plane_size;
+      int64_t c = 0;
+      for (; c + kLanes <= channels; c += kLanes) {
         Vec lanes[kLanes];
-        if (c + kLanes <= channels) {
-          KS_UNROLL
-          for (int l = 0; l < kLanes; ++l) lanes[l] = Load(from[l] + c);
+        KS_UNROLL
+        for (int l = 0; l < kLanes; ++l) {
+          const float* pixel = reinterpret_cast<const float*>(pixels[l]) + c;
+          lanes[l] = Load(pixel);
           // The lanes are too many streams for the hardware to follow.
-          KS_UNROLL
-          for (int l = 0; l < kLanes; ++l) {
-            __builtin_prefetch(base[l] + (q + 1) * source.channels + c);
-          }
-          Transpose(lanes);
-          KS_UNROLL
-          for (int l = 0; l < kLanes; ++l) Store(plane + l * source.plane_size, lanes[l]);
-          continue;
+          __builtin_prefetch(reinterpret_cast<const void*>(first[l] + ahead + 4 * c));
         }
-        for (int64_t i = 0; i < channels - c; ++i) {
-          for (int l = 0; l < kLanes; ++l) {
-            plane[i * source.plane_size + l] = from[l][c + i];
-          }
+        StoreColumns(lanes, target + c * source.plane_size, source.plane_size);
+      }
+      for (; c < channels; ++c) {
+        for (int l = 0; l < kLanes; ++l) {
+          target[c * source.plane_size + l] = reinterpret_cast<const float*>(pixels[l])[c];
         }
       }
     }
@@ -107,44 +189,65 @@ KS_INLINE void PackLanes(const LaneRegions& regions, const LaneSource& source, i
 
 // --- Sums over lanes -----------------------------------------------------------------------------
 
-// One level of SumLanes: pairs of vectors become one, lanes kStep apart added up.
-template <int kStep, int kCount, int... kIndex>
-KS_INLINE void AddPairs(const Vec (&in)[kCount], Vec (&out)[(kCount + 1) / 2],
-                        Lanes<kIndex...> lanes) {
-  KS_UNROLL
-  for (int i = 0; i < (kCount + 1) / 2; ++i) {
-    Vec a = in[2 * i];
-    Vec b = 2 * i + 1 < kCount ? in[2 * i + 1 < kCount ? 2 * i + 1 : 0] : Vec{};
-    Exchange<kStep>(a, b, lanes);
-    out[i] = a + b;
-  }
-}
-
-template <int kStep, int kCount>
+// Vectors that wait to be summed over their lanes, kLanes at a time, and where the sums go.
 struct LaneSums {
-  template <int kTotal>
-  KS_INLINE void AddTo(const Vec (&in)[kCount], float* results) {
-    Vec out[(kCount + 1) / 2];
-    AddPairs<kStep>(in, out, AllLanes());
-    LaneSums<kStep * 2, (kCount + 1) / 2>::template AddTo<kTotal>(out, results);
-  }
-};
-template <int kCount>
-struct LaneSums<kLanes, kCount> {
-  template <int kTotal>
-  KS_INLINE void AddTo(const Vec (&in)[kCount], float* results) {
-    float sums[kCount * kLanes];
-    KS_UNROLL
-    for (int i = 0; i < kCount; ++i) Store(sums + i * kLanes, in[i]);
-    for (int i = 0; i < kTotal; ++i) results[i] += sums[i];
-  }
-};
+  static constexpr int64_t kRoom = 64;      // Vectors to be handed over at a time, at most.
+  static constexpr int64_t kWaiting = 128;  // Vectors, at most.
 
-// results[i] += the sum of the lanes of in[i].
-template <int kCount>
-KS_INLINE void AddLaneSums(const Vec (&in)[kCount], float* results) {
-  LaneSums<1, kCount>::template AddTo<kCount>(in, results);
-}
+  bool accumulate;  // Whether to add to what is there.
+  int64_t count;
+  int64_t runs;
+  float* results[kWaiting];  // Of each run, one for each vector.
+  int64_t ends[kWaiting];    // Of each run.
+  alignas(KS_VECTOR_BYTES) Vec vectors[kWaiting];
+
+  void Start(bool adds) {
+    accumulate = adds;
+    count = runs = 0;
+  }
+
+  // Room for `size` vectors, at most kRoom, whose sums go to `to`.
+  Vec* Push(float* to, int64_t size) {
+    if (count + size > kWaiting) Finish();
+    Vec* place = vectors + count;
+    const int64_t last = runs - 1;
+    if (last >= 0 && to == results[last] + (count - (last > 0 ? ends[last - 1] : 0))) {
+      ends[last] += size;
+    } else {
+      results[runs] = to;
+      ends[runs++] = count + size;
+    }
+    count += size;
+    return place;
+  }
+
+  void Finish() {
+    float sums[kWaiting + kLanes];
+    const Vec none = {};
+    for (int64_t i = count; i % kLanes != 0; ++i) vectors[i] = none;
+    for (int64_t i = 0; i < count; i += kLanes) Store(sums + i, SumEach(vectors + i));
+    int64_t at = 0;
+    for (int64_t run = 0; run < runs; ++run) {
+      float* to = results[run];
+      const int64_t end = ends[run];
+      for (; at + kLanes <= end; at += kLanes, to += kLanes) {
+        Store(to, accumulate ? Load(to) + Load(sums + at) : Load(sums + at));
+      }
+#if KS_VECTOR_BYTES == 64
+      if (at < end) {
+        const __mmask16 rest = static_cast<__mmask16>((1u << (end - at)) - 1);
+        __m512 sum = _mm512_loadu_ps(sums + at);
+        if (accumulate) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(rest, to));
+        _mm512_mask_storeu_ps(to, rest, sum);
+        at = end;
+      }
+#else
+      for (; at < end; ++at, ++to) *to = accumulate ? *to + sums[at] : sums[at];
+#endif
+    }
+    count = runs = 0;
+  }
+};
 
 }  // namespace KS_ISA
 }  // namespace ks
