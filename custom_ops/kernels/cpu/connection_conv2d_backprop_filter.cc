@@ -24,6 +24,7 @@ constexpr int kMaxProducts = 9;
 // first. With few taps a vector of x is used too seldom for that: all of it stays in the first.
 constexpr int64_t kChannelsBytes = 672 * 1024;
 constexpr int64_t kMostPositions = 160;
+constexpr int64_t kTileBytes = 20 * 1024;
 constexpr int64_t kFewTapsBytes = 54 * 1024;
 constexpr int64_t kFewTapsPositions = 13;
 KS_INLINE bool FewTaps(double taps) { return taps < 3; }
@@ -62,6 +63,7 @@ struct Parameters {
   int64_t tall, wide;
   int64_t block_channels;  // Input channels worked on at a time,
   int64_t blocks;          // and in how many blocks.
+  int64_t tile_channels;   // Output channels whose planes are to stay in the first-level cache.
   int64_t groups;
   int64_t shared_planes;  // 1: all planes are packed first.
   int64_t splits;         // Parts of the output channels.
@@ -209,29 +211,38 @@ struct Window {
     }
   }
 
-  KS_INLINE void Keep(const Vec (&sums)[kSets][kTaps], Vec* results) {
+  KS_INLINE void Keep(const Vec (&sums)[kSets][kTaps], bool accumulate, float* results) {
+    Vec all[kTaps];
     KS_UNROLL
     for (int t = 0; t < kTaps; ++t) {
-      results[t] = kSets == 2 ? sums[0][t] + sums[kSets - 1][t] : sums[0][t];
+      all[t] = kSets == 2 ? sums[0][t] + sums[kSets - 1][t] : sums[0][t];
     }
+    StoreSums<kTaps>(all, accumulate, results);
   }
 };
 
-// The sums over a region for connections with the input planes at x + channels[c] * region.x_size.
-typedef void (*WindowFunction)(const Region&, const float* x, const int32_t* channels,
-                               int64_t channel_begin, int64_t connections, const float* d,
-                               Vec* sums);
+// A connection as windows take them.
+struct Connection {
+  int32_t x, d;  // Floats to its planes.
+  int32_t at;    // Its place in the table.
+};
+
+// Takes connections [first, last). `results` is that of the first connection of the table.
+typedef void (*WindowFunction)(const Region&, const float* x, const float* d,
+                               const Connection* first, const Connection* last, bool accumulate,
+                               float* results);
 
 // kTall: as Parameters::tall.
 template <int kColumns, bool kWide, bool kTall>
-void DotThreeByThree(const Region& region, const float* x, const int32_t* channels,
-                     int64_t channel_begin, int64_t connections, const float* d, Vec* results) {
+void DotThreeByThree(const Region& region, const float* x, const float* d, const Connection* first,
+                     const Connection* last, bool accumulate, float* results) {
   typedef Window<3, 3, kColumns, kWide> W;
   const int64_t x_row = region.x_row;
-  for (int64_t c = 0; c < connections; ++c) {
-    const float* at = x + (channels[c] - channel_begin) * region.x_size;
-    const float* next = x + (channels[c + (c + 1 < connections)] - channel_begin) * region.x_size;
-    const float* values = d;
+  for (const Connection* c = first; c != last; ++c) {
+    const float* at = x + c->x;
+    // Planes come from the second-level cache, in an order that the hardware does not know.
+    const float* next = x + c[c + 1 != last].x;
+    const float* values = d + c->d;
     Vec sums[W::kSets][W::kTaps] = {};
     int64_t rows = region.rows;
     if (kTall) {
@@ -251,22 +262,22 @@ void DotThreeByThree(const Region& region, const float* x, const int32_t* channe
       at += x_row;
     }
     if (kTall) W::template AddColumns<0, 2, 0>(at, values, sums);
-    W::Keep(sums, results + c * W::kTaps);
+    W::Keep(sums, accumulate, results + c->at * W::kTaps);
   }
 }
 
 // Taps row by row.
 template <int kTapColumns, int kColumns, bool kWide>
-void DotRows(const Region& region, const float* x, const int32_t* channels, int64_t channel_begin,
-             int64_t connections, const float* d, Vec* results) {
+void DotRows(const Region& region, const float* x, const float* d, const Connection* first,
+             const Connection* last, bool accumulate, float* results) {
   typedef Window<1, kTapColumns, kColumns, kWide> W;
   const int64_t x_row = region.x_row;
-  for (int64_t c = 0; c < connections; ++c) {
-    const float* plane = x + (channels[c] - channel_begin) * region.x_size;
-    const float* next = x + (channels[c + (c + 1 < connections)] - channel_begin) * region.x_size;
+  for (const Connection* c = first; c != last; ++c) {
+    const float* plane = x + c->x;
+    const float* next = x + c[c + 1 != last].x;
     for (int64_t i = 0; i < region.tap_rows; ++i) {
       const float* at = plane + i * region.tap_row;
-      const float* values = d;
+      const float* values = d + c->d;
       Vec sums[W::kSets][W::kTaps] = {};
       for (int64_t r = 0; r < region.rows; ++r) {
         if (i == 0) {
@@ -278,8 +289,7 @@ void DotRows(const Region& region, const float* x, const int32_t* channels, int6
         values += kColumns * kLanes;
         at += x_row;
       }
-      W::Keep(sums, results);
-      results += W::kTaps;
+      W::Keep(sums, accumulate, results + (c->at * region.tap_rows + i) * W::kTaps);
     }
   }
 }
@@ -403,8 +413,14 @@ void ChooseRegions(const KsGeometry& view, const Grid& grid, double taps, double
   }
 }
 
-int64_t TableBytes(const Parameters& p, int64_t out_channels) {
-  return PieceBytes((p.blocks + 1) * out_channels, 4);
+// Connections for windows; where those of each block of a split begin; or, without windows, where
+// those of each output channel from each block of input channels begin.
+int64_t ConnectionsBytes(const Parameters& p, int64_t kept) {
+  return p.window_columns > 0 ? PieceBytes(kept, sizeof(Connection)) : 0;
+}
+int64_t StartsBytes(const Parameters& p, int64_t out_channels) {
+  return p.window_columns > 0 ? PieceBytes(p.splits * p.blocks + 1, 4)
+                              : PieceBytes((p.blocks + 1) * out_channels, 4);
 }
 
 }  // namespace
@@ -458,6 +474,7 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
     parameters.split_channels = Max(1, CeilDiv(geometry.out_channels, parameters.splits));
   }
   parameters.splits = Max(1, CeilDiv(geometry.out_channels, Max(1, parameters.split_channels)));
+  parameters.tile_channels = Max(1, kTileBytes / (parameters.d_size * 4));
   parameters.parts = MakeParts(parts, sums);
 
   const int64_t x_items = CeilDiv(geometry.in_channels, kPackedChannels);
@@ -491,7 +508,8 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
                                                                : parameters.split_channels),
                  4);
   if (x_bytes + d_bytes > kScratchLimit) return 0;
-  plan->table_bytes = TableBytes(parameters, geometry.out_channels);
+  plan->table_bytes = ConnectionsBytes(parameters, arguments->kept) +
+                      StartsBytes(parameters, geometry.out_channels);
   plan->shared_bytes = PartsBytes(parameters.parts);
   plan->scratch_bytes = PieceBytes(static_cast<int64_t>(taps), 8) + PieceBytes(sizeof(LaneSums), 1);
   (parameters.shared_planes ? plan->shared_bytes : plan->scratch_bytes) += x_bytes + d_bytes;
@@ -517,9 +535,57 @@ void CutTable(const KsArguments& arguments, const Parameters& p, int32_t* starts
   }
 }
 
+// The connections of each split, block by block of input channels and tile by tile of output
+// channels. In a tile, all that read an input channel come together: its plane comes from the
+// second-level cache once for all of them.
+void SortTable(const KsArguments& arguments, const Parameters& p, Connection* connections,
+               int32_t* starts) {
+  const KsGeometry& geometry = arguments.geometry;
+  constexpr int64_t kMost = 64;
+  const int64_t tile = Min(kMost, p.tile_channels);
+  int64_t next = 0;
+  for (int64_t split = 0; split < p.splits; ++split) {
+    const int64_t begin = Min(geometry.out_channels, split * p.split_channels);
+    const int64_t end = Min(geometry.out_channels, begin + p.split_channels);
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      const int64_t channel = block * p.block_channels;
+      starts[split * p.blocks + block] = static_cast<int32_t>(next);
+      for (int64_t o = begin; o < end; o += tile) {
+        const int64_t here = Min(tile, end - o);
+        int64_t at[kMost];  // The next connection of each output channel of the tile.
+        for (int64_t i = 0; i < here; ++i) {
+          const int32_t* row = arguments.input_channels + arguments.row_splits[o + i];
+          int64_t low = 0, high = arguments.row_splits[o + i + 1] - arguments.row_splits[o + i];
+          while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (row[middle] < channel) {
+              low = middle + 1;
+            } else {
+              high = middle;
+            }
+          }
+          at[i] = arguments.row_splits[o + i] + low;
+        }
+        for (int64_t c = channel; c < Min(geometry.in_channels, channel + p.block_channels); ++c) {
+          for (int64_t i = 0; i < here; ++i) {
+            if (at[i] == arguments.row_splits[o + i + 1] || arguments.input_channels[at[i]] != c) {
+              continue;
+            }
+            connections[next++] = {static_cast<int32_t>((c - channel) * p.x_size),
+                                   static_cast<int32_t>((o + i - begin) * p.d_size),
+                                   static_cast<int32_t>(at[i]++)};
+          }
+        }
+      }
+    }
+  }
+  starts[p.splits * p.blocks] = static_cast<int32_t>(next);
+}
+
 struct Work {
   const KsArguments& arguments;
   const Parameters& parameters;
+  const Connection* connections;
   const int32_t* starts;
   Region region;
   int64_t taps;
@@ -546,20 +612,10 @@ void AddProducts(const Work& work, int64_t block, const float* x, int64_t out_be
   const int64_t channel_begin = block * parameters.block_channels;
   const int32_t* starts = work.starts + block * arguments.geometry.out_channels;
   const int32_t* ends = starts + arguments.geometry.out_channels;
-  const int64_t most = Max(1, LaneSums::kRoom / taps);
   for (int64_t o = out_begin; o < out_end; ++o, d += parameters.d_size) {
     const int64_t first = starts[o], last = ends[o];
     if (first == last) continue;
     float* results = work.results + first * taps;
-    if (work.window != nullptr) {
-      for (int64_t c = first; c < last; c += most) {
-        const int64_t count = Min(most, last - c);
-        Vec* place = work.sums->Push(results, count * taps);
-        work.window(work.region, x, arguments.input_channels + c, channel_begin, count, d, place);
-        results += count * taps;
-      }
-      continue;
-    }
     if (parameters.pointwise) {
       const float* origin = x - channel_begin * parameters.x_size;
       for (int64_t left = last - first; left > 0;) {
@@ -591,6 +647,13 @@ void AddProducts(const Work& work, int64_t block, const float* x, int64_t out_be
   }
 }
 
+// The same by windows.
+void AddWindows(const Work& work, int64_t split, int64_t block, const float* x, const float* d) {
+  const int32_t* starts = work.starts + split * work.parameters.blocks + block;
+  work.window(work.region, x, d, work.connections + starts[0], work.connections + starts[1],
+              work.sums->accumulate, work.results);
+}
+
 }  // namespace
 
 void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* plan,
@@ -599,9 +662,16 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
   const KsGeometry& geometry = arguments->geometry;
   const Parameters parameters = LoadParameters<Parameters>(plan);
   const LaneRegions& regions = parameters.regions;
-  int32_t* const starts = static_cast<int32_t*>(memory->table);
+  Arena table_arena = {static_cast<char*>(memory->table)};
+  Connection* const connections = reinterpret_cast<Connection*>(
+      table_arena.Take<char>(ConnectionsBytes(parameters, arguments->kept)));
+  int32_t* const starts = reinterpret_cast<int32_t*>(table_arena.at);
   if (stage == 0) {
-    CutTable(*arguments, parameters, starts);
+    if (parameters.window_columns > 0) {
+      SortTable(*arguments, parameters, connections, starts);
+    } else {
+      CutTable(*arguments, parameters, starts);
+    }
     return;
   }
   Arena shared_arena = {static_cast<char*>(memory->shared)};
@@ -664,8 +734,8 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
   const int64_t taps = geometry.kernel_height * geometry.kernel_width;
   const int64_t x_columns = parameters.x_columns;
   Arena arena = {static_cast<char*>(memory->scratch)};
-  Work work = {*arguments, parameters, starts,  {}, taps, nullptr,
-               nullptr,    nullptr,    nullptr, {}, {}};
+  Work work = {*arguments, parameters, connections, starts,  {}, taps,
+               nullptr,    nullptr,    nullptr,     nullptr, {}, {}};
   work.region = {regions.rows,
                  regions.columns,
                  grid.step_height * x_columns * kLanes,
@@ -716,7 +786,11 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
           }
           x = x_planes;
         }
-        AddProducts(work, block, x, out_begin, out_end, d);
+        if (work.window != nullptr) {
+          AddWindows(work, split, block, x, d);
+        } else {
+          AddProducts(work, block, x, out_begin, out_end, d);
+        }
       }
       work.sums->Finish();
     }

@@ -100,13 +100,17 @@ KS_INLINE void StoreColumns(Vec (&rows)[kLanes], float* target, int64_t stride) 
   }
 }
 
-// Lane i of the result: the sum of the lanes of vectors[i].
+// Lane i of the result: the sum of the lanes of vectors[i], zero from kCount on.
+template <int kCount>
 KS_INLINE Vec SumEach(const Vec* vectors) {
+  const Vec zero = {};
   Vec fours[kLanes / 4];
   KS_UNROLL
   for (int g = 0; g < kLanes / 4; ++g) {
-    fours[g] = MergeSum<2>(MergeSum<1>(vectors[4 * g], vectors[4 * g + 1]),
-                           MergeSum<1>(vectors[4 * g + 2], vectors[4 * g + 3]));
+    Vec row[4];
+    KS_UNROLL
+    for (int i = 0; i < 4; ++i) row[i] = 4 * g + i < kCount ? vectors[4 * g + i] : zero;
+    fours[g] = MergeSum<2>(MergeSum<1>(row[0], row[1]), MergeSum<1>(row[2], row[3]));
   }
 #if KS_VECTOR_BYTES >= 64
   return MergeSum<4>(MergeSum<4>(fours[0], fours[1]), MergeSum<4>(fours[2], fours[3]));
@@ -115,6 +119,28 @@ KS_INLINE Vec SumEach(const Vec* vectors) {
 #else
   return fours[0];
 #endif
+}
+
+// results[i] = the sum of the lanes of vectors[i], or adds it to what is there.
+template <int kCount>
+KS_INLINE void StoreSums(const Vec* vectors, bool accumulate, float* results) {
+  if constexpr (kCount >= kLanes) {
+    const Vec sums = SumEach<kLanes>(vectors);
+    Store(results, accumulate ? Load(results) + sums : sums);
+    if constexpr (kCount > kLanes) {
+      StoreSums<kCount - kLanes>(vectors + kLanes, accumulate, results + kLanes);
+    }
+  } else {
+    Vec sums = SumEach<kCount>(vectors);
+#if KS_VECTOR_BYTES == 64
+    constexpr __mmask16 kUsed = (1 << kCount) - 1;
+    if (accumulate) sums += reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(kUsed, results));
+    _mm512_mask_storeu_ps(results, kUsed, reinterpret_cast<__m512>(sums));
+#else
+    KS_UNROLL
+    for (int i = 0; i < kCount; ++i) results[i] = accumulate ? results[i] + sums[i] : sums[i];
+#endif
+  }
 }
 
 // --- Packing -------------------------------------------------------------------------------------
@@ -223,29 +249,35 @@ struct LaneSums {
 
   void Finish() {
     float sums[kWaiting + kLanes];
-    const Vec none = {};
-    for (int64_t i = count; i % kLanes != 0; ++i) vectors[i] = none;
-    for (int64_t i = 0; i < count; i += kLanes) Store(sums + i, SumEach(vectors + i));
-    int64_t at = 0;
-    for (int64_t run = 0; run < runs; ++run) {
-      float* to = results[run];
-      const int64_t end = ends[run];
-      for (; at + kLanes <= end; at += kLanes, to += kLanes) {
-        Store(to, accumulate ? Load(to) + Load(sums + at) : Load(sums + at));
-      }
-#if KS_VECTOR_BYTES == 64
-      if (at < end) {
-        const __mmask16 rest = static_cast<__mmask16>((1u << (end - at)) - 1);
-        __m512 sum = _mm512_loadu_ps(sums + at);
-        if (accumulate) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(rest, to));
-        _mm512_mask_storeu_ps(to, rest, sum);
-        at = end;
-      }
-#else
-      for (; at < end; ++at, ++to) *to = accumulate ? *to + sums[at] : sums[at];
-#endif
+    Sum(count, sums);
+    for (int64_t run = 0, at = 0; run < runs; at = ends[run++]) {
+      Keep(sums + at, ends[run] - at, results[run]);
     }
     count = runs = 0;
+  }
+
+ private:
+  void Sum(int64_t size, float* sums) {
+    const Vec none = {};
+    for (int64_t i = size; i % kLanes != 0; ++i) vectors[i] = none;
+    for (int64_t i = 0; i < size; i += kLanes) Store(sums + i, SumEach<kLanes>(vectors + i));
+  }
+
+  void Keep(const float* sums, int64_t size, float* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      Store(to + i, accumulate ? Load(to + i) + Load(sums + i) : Load(sums + i));
+    }
+#if KS_VECTOR_BYTES == 64
+    if (i < size) {
+      const __mmask16 rest = static_cast<__mmask16>((1u << (size - i)) - 1);
+      __m512 sum = _mm512_loadu_ps(sums + i);
+      if (accumulate) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(rest, to + i));
+      _mm512_mask_storeu_ps(to + i, rest, sum);
+    }
+#else
+    for (; i < size; ++i) to[i] = accumulate ? to[i] + sums[i] : sums[i];
+#endif
   }
 };
 
