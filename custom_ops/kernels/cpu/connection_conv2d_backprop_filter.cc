@@ -29,9 +29,15 @@ constexpr int64_t kFewTapsBytes = 54 * 1024;
 constexpr int64_t kFewTapsPositions = 13;
 KS_INLINE bool FewTaps(double taps) { return taps < 3; }
 
+// Few groups are all packed first, for several threads to share. Planes that take more than the
+// second-level cache then wait in the third.
+KS_INLINE bool PacksAllFirst(int64_t groups) { return groups < kWantedItems / 2; }
+constexpr double kWaitingBytes = 768 * 1024;
+
 // Clock cycles, roughly: of a vector to pack, a vector of products, a sum over lanes, a connection,
 // and a vector of x that is read.
 constexpr double kPackCost = 4;
+constexpr double kWaitingPackCost = 8;
 constexpr double kProductCost = 0.52;
 constexpr double kSumCost = 1.5;
 constexpr double kConnectionCost = 6;
@@ -395,10 +401,14 @@ void ChooseRegions(const KsGeometry& view, const Grid& grid, double taps, double
         const double margin = static_cast<double>(grid.reach_width / 2);
         inside *= 1 - margin * (margin + 1) / static_cast<double>((grid.reach_width + 1) * columns);
       }
+      const int64_t groups = LaneGroups(regions);
+      const double vectors =
+          x_positions * static_cast<double>(grid.channels) + positions * out_channels;
+      const bool wait = PacksAllFirst(groups) &&
+                        vectors * static_cast<double>(groups * kLanes * 4) > kWaitingBytes;
       // Packing; then multiply-adds, sums over lanes and loads of each connection.
-      const double cost = static_cast<double>(LaneGroups(regions)) *
-                          (kPackCost * (x_positions * static_cast<double>(grid.channels) +
-                                        positions * out_channels) +
+      const double cost = static_cast<double>(groups) *
+                          ((wait ? kWaitingPackCost : kPackCost) * vectors +
                            kept * (positions * taps * inside * kProductCost + kSumCost * taps +
                                    kConnectionCost + x_positions * kLoadCost));
       if (best < 0 || cost < best) {
@@ -462,7 +472,7 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
       4.0 * static_cast<double>(groups) *
       (static_cast<double>(parameters.x_size) * static_cast<double>(geometry.in_channels) +
        static_cast<double>(parameters.d_size) * static_cast<double>(geometry.out_channels));
-  if (groups < kWantedItems / 2 && planes_bytes <= static_cast<double>(kScratchLimit) / 2) {
+  if (PacksAllFirst(groups) && planes_bytes <= static_cast<double>(kScratchLimit) / 2) {
     parameters.shared_planes = 1;
     parameters.splits = kWantedItems;
   } else {
