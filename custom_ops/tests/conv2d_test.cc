@@ -427,6 +427,52 @@ TEST(Routines, FilterGradientRegions) {
   CheckAll(cases);
 }
 
+// Windows of the connection filter gradient: regions as high or wide as the image or not, rows that
+// are not next to each other, columns traded for rows.
+TEST(Routines, FilterGradientWindows) {
+  std::vector<Case> cases;
+  for (int64_t batch : {1, 16}) {
+    for (int64_t height : {1, 2, 3, 14, 29}) {
+      for (int64_t width : {1, 2, 7, 14, 29}) {
+        cases.push_back(Same({batch, height, width, 5, 6, 3, 3}));
+      }
+    }
+  }
+  for (int64_t size : {5, 18, 19}) {
+    for (int64_t kernel : {3, 5, 7}) {
+      cases.push_back(Same({3, size, size, 5, 20, 1, kernel}));
+      cases.push_back(Same({3, size, size, 20, 5, kernel, 1}));
+      cases.push_back({3, size, size, 5, 4, 2, size < kernel ? 1 : kernel});
+      cases.push_back(Same({2, size, size, 4, 5, 15, kernel}));
+    }
+    cases.push_back(Same({2, size, size, 5, 20, 3, 3, 2, 1}));
+    cases.push_back(Same({2, size, size, 5, 20, 3, 3, 1, 1, 2, 1}));
+    cases.push_back(Same({2, size, size, 5, 20, 3, 3, 3, 1, 2, 1}));
+    cases.push_back(Same({2, size, size, 5, 20, 3, 1, 1, 2, 1, 2}));
+  }
+  CheckAll(cases);
+}
+
+// Dense blocks of the connection filter gradient, full and partial.
+TEST(Routines, FilterGradientOuterProducts) {
+  std::vector<Case> cases;
+  for (double density : {0.4, 0.7, 1.0}) {
+    for (int64_t in : {1, 15, 64, 70, 130}) {
+      for (int64_t out : {1, 6, 17, 200}) {
+        Case c = {3, 7, 9, in, out, 1, 1};
+        c.density = density;
+        cases.push_back(c);
+      }
+    }
+    for (int64_t batch : {1, 5, 20, 41}) {
+      Case c = {batch, 11, 9, 70, 19, 1, 1};
+      c.density = density;
+      cases.push_back(c);
+    }
+  }
+  CheckAll(cases);
+}
+
 // Regions that do and do not divide the images, lanes without a region, several parts of the input
 // channels, and every way a kernel can reach over an edge.
 TEST(Routines, Regions) {

@@ -62,6 +62,7 @@ struct Parameters {
   LaneRegions regions;
   int64_t x_rows, x_columns, x_size, d_size;
   int64_t pointwise;
+  int64_t outer;           // 1: dense blocks of outer products.
   int64_t swapped;         // 1: rows and columns have traded places.
   int64_t window_columns;  // Of taps; 0 where products are taken tap by tap.
   // 1: a region is as high (wide) as the image. Its planes have no margin above and below (left and
@@ -168,11 +169,10 @@ struct FillDotFunctions<0> {
 };
 
 // Keeps a loaded vector in a register: the compiler would rather load it again for each product.
+// With 16 registers that is what it should do.
 KS_INLINE Vec InRegister(Vec v) {
 #if KS_VECTOR_BYTES == 64
   asm("" : "+v"(v));
-#elif defined(__SSE2__)
-  asm("" : "+x"(v));
 #endif
   return v;
 }
@@ -217,6 +217,12 @@ struct Window {
     }
   }
 
+  // A row of a plane.
+  KS_INLINE void FetchRow(const float* x) {
+    KS_UNROLL
+    for (int i = 0; i < kPlaneColumns * kLanes; i += KS_ALIGNMENT / 4) __builtin_prefetch(x + i);
+  }
+
   KS_INLINE void Keep(const Vec (&sums)[kSets][kTaps], bool accumulate, float* results) {
     Vec all[kTaps];
     KS_UNROLL
@@ -252,16 +258,14 @@ void DotThreeByThree(const Region& region, const float* x, const float* d, const
     Vec sums[W::kSets][W::kTaps] = {};
     int64_t rows = region.rows;
     if (kTall) {
-      KS_UNROLL
-      for (int q = 0; q < W::kPlaneColumns; ++q) __builtin_prefetch(next + q * kLanes);
+      W::FetchRow(next);
       next += x_row;
       W::template AddColumns<1, 2, 0>(at, values, sums);
       values += kColumns * kLanes;
       rows -= 2;
     }
     for (; rows > 0; --rows) {
-      KS_UNROLL
-      for (int q = 0; q < W::kPlaneColumns; ++q) __builtin_prefetch(next + q * kLanes);
+      W::FetchRow(next);
       next += x_row;
       W::template AddColumns<0, 3, 0>(at, values, sums);
       values += kColumns * kLanes;
@@ -286,10 +290,7 @@ void DotRows(const Region& region, const float* x, const float* d, const Connect
       const float* values = d + c->d;
       Vec sums[W::kSets][W::kTaps] = {};
       for (int64_t r = 0; r < region.rows; ++r) {
-        if (i == 0) {
-          KS_UNROLL
-          for (int q = 0; q < W::kPlaneColumns; ++q) __builtin_prefetch(next + q * kLanes);
-        }
+        if (i == 0) W::FetchRow(next);
         next += x_row;
         W::template AddColumns<0, 1, 0>(at, values, sums);
         values += kColumns * kLanes;
@@ -337,6 +338,62 @@ WindowFunction FindWindow(const KsGeometry& view, const Parameters& p) {
   }
   return p.window_columns == 5 ? FindRows<5>(p.regions.columns, p.wide)
                                : FindRows<7>(p.regions.columns, p.wide);
+}
+
+// --- Outer products ------------------------------------------------------------------------------
+
+// With one tap, every product above needs a load of its own. At high density it is faster to
+// compute all connections of a block of kBlockChannels input and kBlockOutputs output channels,
+// with lanes that are input channels, and to keep those of the table: half of the loads become
+// broadcasts that several vectors share, and there is nothing to transpose or to add up over lanes.
+// For these, x is [blocks of channels][pixels][kBlockChannels] and d
+// [blocks of outputs][pixels][kBlockOutputs], with zeros where there are no more channels.
+constexpr int64_t kBlockVectors = kRegisters == 32 ? 4 : 2;
+constexpr int64_t kBlockChannels = kBlockVectors * kLanes;
+constexpr int64_t kBlockOutputs = 6;
+constexpr int64_t kOuterPixels = 200;  // At a time, at most: x of a block stays close.
+constexpr double kOuterDensity = KS_VECTOR_BYTES == 64   ? 0.38
+                                 : KS_VECTOR_BYTES == 32 ? 0.46
+                                                         : 0.65;  // From which on they win.
+
+void PackBlock(const float* source, int64_t channels, int64_t pixels, int64_t begin, int64_t end,
+               int64_t width, float* target) {
+  const int64_t here = Min(width, end - begin);
+  for (int64_t p = 0; p < pixels; ++p, target += width) {
+    const float* from = source + p * channels + begin;
+    if (width == kBlockChannels && here == width) {
+      KS_UNROLL
+      for (int v = 0; v < kBlockVectors; ++v) Store(target + v * kLanes, Load(from + v * kLanes));
+    } else if (width == kBlockOutputs && here == width) {
+      memcpy(target, from, kBlockOutputs * 4);
+    } else {
+      for (int64_t i = 0; i < width; ++i) target[i] = i < here ? from[i] : 0;
+    }
+  }
+}
+
+// sums[o][channel of the block] = the sum of x * d over the pixels.
+void OuterProducts(int64_t pixels, const float* x, const float* d, float* sums) {
+  Vec all[kBlockOutputs][kBlockVectors] = {};
+  for (; pixels > 0; --pixels) {
+    Vec here[kBlockVectors];
+    KS_UNROLL
+    for (int v = 0; v < kBlockVectors; ++v) here[v] = InRegister(Load(x + v * kLanes));
+    KS_UNROLL
+    for (int o = 0; o < kBlockOutputs; ++o) {
+      const Vec factor = InRegister(Splat(d[o]));
+      KS_UNROLL
+      for (int v = 0; v < kBlockVectors; ++v) all[o][v] += here[v] * factor;
+    }
+    x += kBlockChannels;
+    d += kBlockOutputs;
+  }
+  KS_UNROLL
+  for (int o = 0; o < kBlockOutputs; ++o) {
+    KS_UNROLL
+    for (int v = 0; v < kBlockVectors; ++v)
+      Store(sums + (o * kBlockVectors + v) * kLanes, all[o][v]);
+  }
 }
 
 // --- The plan ------------------------------------------------------------------------------------
@@ -423,6 +480,19 @@ void ChooseRegions(const KsGeometry& view, const Grid& grid, double taps, double
   }
 }
 
+// Channels that a piece of work packs.
+int64_t PackedTogether(const Parameters& p, bool is_x) {
+  return !p.outer ? kPackedChannels : is_x ? kBlockChannels : 10 * kBlockOutputs;
+}
+
+// Floats of all planes of a group.
+int64_t GroupSizeOfX(const KsGeometry& geometry, const Parameters& p) {
+  return RoundUp(geometry.in_channels, p.outer ? kBlockChannels : 1) * p.x_size;
+}
+int64_t GroupSizeOfD(const KsGeometry& geometry, const Parameters& p) {
+  return RoundUp(geometry.out_channels, p.outer ? kBlockOutputs : 1) * p.d_size;
+}
+
 // Connections for windows; where those of each block of a split begin; or, without windows, where
 // those of each output channel from each block of input channels begin.
 int64_t ConnectionsBytes(const Parameters& p, int64_t kept) {
@@ -431,6 +501,11 @@ int64_t ConnectionsBytes(const Parameters& p, int64_t kept) {
 int64_t StartsBytes(const Parameters& p, int64_t out_channels) {
   return p.window_columns > 0 ? PieceBytes(p.splits * p.blocks + 1, 4)
                               : PieceBytes((p.blocks + 1) * out_channels, 4);
+}
+
+// For outer products, which lanes of each vector of a block are connections.
+int64_t MasksBytes(const Parameters& p, int64_t out_channels) {
+  return p.outer ? PieceBytes(p.blocks * out_channels * kBlockVectors, 2) : 0;
 }
 
 }  // namespace
@@ -454,17 +529,29 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
   const double reach =
       (static_cast<double>(grid.reach_height) + 1) * (static_cast<double>(grid.reach_width) + 1);
   if (reach > 1 << 16) return 0;
-  ChooseRegions(view, grid, taps, static_cast<double>(arguments->kept),
-                static_cast<double>(geometry.out_channels), &parameters);
+  parameters.outer = parameters.pointwise && static_cast<double>(arguments->kept) >=
+                                                 kOuterDensity *
+                                                     static_cast<double>(geometry.in_channels) *
+                                                     static_cast<double>(geometry.out_channels);
+  if (parameters.outer) {
+    const int64_t regions = CeilDiv(grid.columns, kOuterPixels);
+    parameters.regions = {1, 1, CeilDiv(grid.columns, regions), 1, regions};
+  } else {
+    ChooseRegions(view, grid, taps, static_cast<double>(arguments->kept),
+                  static_cast<double>(geometry.out_channels), &parameters);
+  }
   const LaneRegions& regions = parameters.regions;
   parameters.x_size = LanePlaneSize(parameters.x_rows, parameters.x_columns);
   parameters.d_size = LanePlaneSize(regions.rows, regions.columns);
+  if (parameters.outer) parameters.x_size = parameters.d_size = regions.columns;
   const int64_t plane_bytes = parameters.x_size * 4;
   parameters.block_channels = Min(
       RoundUp(Max(1, geometry.in_channels), kLanes),
       Max(1, (FewTaps(taps) ? kFewTapsBytes : kChannelsBytes) / (plane_bytes * kLanes)) * kLanes);
+  if (parameters.outer) parameters.block_channels = kBlockChannels;
   parameters.blocks = Max(1, CeilDiv(geometry.in_channels, parameters.block_channels));
-  const int64_t groups = parameters.groups = LaneGroups(regions);
+  const int64_t groups = parameters.groups =
+      parameters.outer ? regions.col_regions : LaneGroups(regions);
 
   const int64_t sums = arguments->kept * static_cast<int64_t>(taps);
   int64_t parts = 1;
@@ -483,12 +570,15 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
   if (parameters.shared_planes) {
     parameters.split_channels = Max(1, CeilDiv(geometry.out_channels, parameters.splits));
   }
+  if (parameters.outer) {
+    parameters.split_channels = RoundUp(Max(1, parameters.split_channels), kBlockOutputs);
+  }
   parameters.splits = Max(1, CeilDiv(geometry.out_channels, Max(1, parameters.split_channels)));
   parameters.tile_channels = Max(1, kTileBytes / (parameters.d_size * 4));
   parameters.parts = MakeParts(parts, sums);
 
-  const int64_t x_items = CeilDiv(geometry.in_channels, kPackedChannels);
-  const int64_t d_items = CeilDiv(geometry.out_channels, kPackedChannels);
+  const int64_t x_items = CeilDiv(geometry.in_channels, PackedTogether(parameters, true));
+  const int64_t d_items = CeilDiv(geometry.out_channels, PackedTogether(parameters, false));
   KsStage* stage = plan->stages;
   stage->items = 1;
   stage->cost = 1000 + parameters.blocks * geometry.out_channels * 10;
@@ -510,16 +600,17 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
   plan->num_stages = 4;
 
   const int64_t x_bytes =
-      PieceBytes(parameters.x_size * (parameters.shared_planes ? groups * geometry.in_channels
-                                                               : parameters.block_channels),
+      PieceBytes(parameters.shared_planes ? groups * GroupSizeOfX(geometry, parameters)
+                                          : parameters.block_channels * parameters.x_size,
                  4);
   const int64_t d_bytes =
-      PieceBytes(parameters.d_size * (parameters.shared_planes ? groups * geometry.out_channels
-                                                               : parameters.split_channels),
+      PieceBytes(parameters.shared_planes ? groups * GroupSizeOfD(geometry, parameters)
+                                          : parameters.split_channels * parameters.d_size,
                  4);
   if (x_bytes + d_bytes > kScratchLimit) return 0;
   plan->table_bytes = ConnectionsBytes(parameters, arguments->kept) +
-                      StartsBytes(parameters, geometry.out_channels);
+                      StartsBytes(parameters, geometry.out_channels) +
+                      MasksBytes(parameters, geometry.out_channels);
   plan->shared_bytes = PartsBytes(parameters.parts);
   plan->scratch_bytes = PieceBytes(static_cast<int64_t>(taps), 8) + PieceBytes(sizeof(LaneSums), 1);
   (parameters.shared_planes ? plan->shared_bytes : plan->scratch_bytes) += x_bytes + d_bytes;
@@ -528,6 +619,30 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
 }
 
 namespace {
+
+// Pixels of a group, for outer products.
+int64_t OuterPixels(const Parameters& p, int64_t pixels, int64_t group) {
+  return Min(p.regions.columns, pixels - group * p.regions.columns);
+}
+
+// Fills the planes of channels [begin, end) of a group; `planes` is that of `begin`.
+void Pack(const Parameters& p, const LaneSource& source, bool is_x, int64_t group, int64_t begin,
+          int64_t end, float* planes) {
+  if (p.outer) {
+    const int64_t pixels = OuterPixels(p, source.width, group);
+    // Blocks are a full group's pixels apart.
+    const int64_t width = is_x ? kBlockChannels : kBlockOutputs;
+    for (int64_t c = begin; c < end; c += width) {
+      PackBlock(source.data + group * p.regions.columns * source.channels, source.channels, pixels,
+                c, end, width, planes + (c - begin) * p.regions.columns);
+    }
+    return;
+  }
+  for (int64_t c = begin; c < end; c += kPackedChannels) {
+    PackLanes(p.regions, source, group, c, Min(c + kPackedChannels, end),
+              planes + (c - begin) * source.plane_size);
+  }
+}
 
 // starts[block * out_channels + o]: the first connection of output channel o from an input channel
 // of the block or a later one.
@@ -541,6 +656,18 @@ void CutTable(const KsArguments& arguments, const Parameters& p, int32_t* starts
         ++c;
       }
       starts[block * out_channels + o] = static_cast<int32_t>(c);
+    }
+  }
+}
+
+void MarkConnections(const KsArguments& arguments, const Parameters& p, const int32_t* starts,
+                     uint16_t* masks) {
+  const int64_t out_channels = arguments.geometry.out_channels;
+  memset(masks, 0, p.blocks * out_channels * kBlockVectors * 2);
+  for (int64_t i = 0; i < p.blocks * out_channels; ++i) {
+    for (int64_t c = starts[i]; c < starts[i + out_channels]; ++c) {
+      const int64_t lane = arguments.input_channels[c] % kBlockChannels;
+      masks[i * kBlockVectors + lane / kLanes] |= static_cast<uint16_t>(1 << lane % kLanes);
     }
   }
 }
@@ -597,6 +724,7 @@ struct Work {
   const Parameters& parameters;
   const Connection* connections;
   const int32_t* starts;
+  const uint16_t* masks;
   Region region;
   int64_t taps;
   int64_t* offsets;  // Of the taps, in a plane.
@@ -657,6 +785,41 @@ void AddProducts(const Work& work, int64_t block, const float* x, int64_t out_be
   }
 }
 
+// The same by outer products.
+void AddBlock(const Work& work, int64_t block, int64_t pixels, const float* x, int64_t out_begin,
+              int64_t out_end, const float* d, bool accumulate) {
+  const KsArguments& arguments = work.arguments;
+  const int64_t out_channels = arguments.geometry.out_channels;
+  const int32_t* starts = work.starts + block * out_channels;
+  for (int64_t o = out_begin; o < out_end; o += kBlockOutputs) {
+    alignas(KS_ALIGNMENT) float sums[kBlockOutputs * kBlockChannels];
+    OuterProducts(pixels, x, d + (o - out_begin) * work.parameters.d_size, sums);
+    const int64_t last = Min(o + kBlockOutputs, out_end);
+    for (int64_t i = o; i < last; ++i) {
+      const float* row = sums + (i - o) * kBlockChannels;
+      float* results = work.results + starts[i];
+#if KS_VECTOR_BYTES == 64
+      const uint16_t* masks = work.masks + (block * out_channels + i) * kBlockVectors;
+      for (int64_t v = 0; v < kBlockVectors; ++v) {
+        const int64_t count = __builtin_popcount(masks[v]);
+        const __mmask16 used = static_cast<__mmask16>((1u << count) - 1);
+        __m512 kept = _mm512_maskz_compress_ps(masks[v], _mm512_load_ps(row + v * kLanes));
+        if (accumulate) kept = _mm512_add_ps(kept, _mm512_maskz_loadu_ps(used, results));
+        _mm512_mask_storeu_ps(results, used, kept);
+        results += count;
+      }
+#else
+      const int32_t* channel = arguments.input_channels + starts[i];
+      const int64_t count = starts[out_channels + i] - starts[i];
+      for (int64_t c = 0; c < count; ++c) {
+        const float sum = row[channel[c] - block * kBlockChannels];
+        results[c] = accumulate ? results[c] + sum : sum;
+      }
+#endif
+    }
+  }
+}
+
 // The same by windows.
 void AddWindows(const Work& work, int64_t split, int64_t block, const float* x, const float* d) {
   const int32_t* starts = work.starts + split * work.parameters.blocks + block;
@@ -675,12 +838,15 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
   Arena table_arena = {static_cast<char*>(memory->table)};
   Connection* const connections = reinterpret_cast<Connection*>(
       table_arena.Take<char>(ConnectionsBytes(parameters, arguments->kept)));
-  int32_t* const starts = reinterpret_cast<int32_t*>(table_arena.at);
+  int32_t* const starts = reinterpret_cast<int32_t*>(
+      table_arena.Take<char>(StartsBytes(parameters, geometry.out_channels)));
+  uint16_t* const masks = reinterpret_cast<uint16_t*>(table_arena.at);
   if (stage == 0) {
     if (parameters.window_columns > 0) {
       SortTable(*arguments, parameters, connections, starts);
     } else {
       CutTable(*arguments, parameters, starts);
+      if (parameters.outer) MarkConnections(*arguments, parameters, starts, masks);
     }
     return;
   }
@@ -723,20 +889,27 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
     Swap(&x_source.row, &x_source.column);
     Swap(&d_source.row, &d_source.column);
   }
-  const int64_t x_group = geometry.in_channels * parameters.x_size;
-  const int64_t d_group = geometry.out_channels * parameters.d_size;
+  const int64_t x_group = GroupSizeOfX(geometry, parameters);
+  const int64_t d_group = GroupSizeOfD(geometry, parameters);
   if (stage == 1) {
     float* const x = shared_arena.Take<float>(parameters.groups * x_group);
     float* const d = reinterpret_cast<float*>(shared_arena.at);
-    const int64_t x_items = CeilDiv(geometry.in_channels, kPackedChannels);
-    const int64_t items = x_items + CeilDiv(geometry.out_channels, kPackedChannels);
+    const int64_t x_together = PackedTogether(parameters, true);
+    const int64_t d_together = PackedTogether(parameters, false);
+    const int64_t x_items = CeilDiv(geometry.in_channels, x_together);
+    const int64_t items = x_items + CeilDiv(geometry.out_channels, d_together);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / items;
-      const bool is_x = item % items < x_items;
-      const LaneSource& source = is_x ? x_source : d_source;
-      const int64_t channel = (is_x ? item % items : item % items - x_items) * kPackedChannels;
-      PackLanes(regions, source, group, channel, Min(channel + kPackedChannels, source.channels),
-                (is_x ? x + group * x_group : d + group * d_group) + channel * source.plane_size);
+      const int64_t i = item % items;
+      if (i < x_items) {
+        Pack(parameters, x_source, true, group, i * x_together,
+             Min((i + 1) * x_together, geometry.in_channels),
+             x + group * x_group + i * x_together * parameters.x_size);
+      } else {
+        const int64_t o = (i - x_items) * d_together;
+        Pack(parameters, d_source, false, group, o, Min(o + d_together, geometry.out_channels),
+             d + group * d_group + o * parameters.d_size);
+      }
     }
     return;
   }
@@ -744,8 +917,8 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
   const int64_t taps = geometry.kernel_height * geometry.kernel_width;
   const int64_t x_columns = parameters.x_columns;
   Arena arena = {static_cast<char*>(memory->scratch)};
-  Work work = {*arguments, parameters, connections, starts,  {}, taps,
-               nullptr,    nullptr,    nullptr,     nullptr, {}, {}};
+  Work work = {*arguments, parameters, connections, starts,  masks, {}, taps,
+               nullptr,    nullptr,    nullptr,     nullptr, {},    {}};
   work.region = {regions.rows,
                  regions.columns,
                  grid.step_height * x_columns * kLanes,
@@ -779,10 +952,7 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
       work.sums->Start(group > first);
       const float* d = d_planes + group * d_group + out_begin * parameters.d_size;
       if (!parameters.shared_planes) {
-        for (int64_t o = out_begin; o < out_end; o += kPackedChannels) {
-          PackLanes(regions, d_source, group, o, Min(o + kPackedChannels, out_end),
-                    d_planes + (o - out_begin) * parameters.d_size);
-        }
+        Pack(parameters, d_source, false, group, out_begin, out_end, d_planes);
         d = d_planes;
       }
       for (int64_t block = 0; block < parameters.blocks; ++block) {
@@ -790,13 +960,13 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
         const int64_t c_end = Min(geometry.in_channels, c + parameters.block_channels);
         const float* x = x_planes + group * x_group + c * parameters.x_size;
         if (!parameters.shared_planes) {
-          for (int64_t i = c; i < c_end; i += kPackedChannels) {
-            PackLanes(regions, x_source, group, i, Min(i + kPackedChannels, c_end),
-                      x_planes + (i - c) * parameters.x_size);
-          }
+          Pack(parameters, x_source, true, group, c, c_end, x_planes);
           x = x_planes;
         }
-        if (work.window != nullptr) {
+        if (parameters.outer) {
+          AddBlock(work, block, OuterPixels(parameters, grid.columns, group), x, out_begin, out_end,
+                   d, group > first);
+        } else if (work.window != nullptr) {
           AddWindows(work, split, block, x, d);
         } else {
           AddProducts(work, block, x, out_begin, out_end, d);
