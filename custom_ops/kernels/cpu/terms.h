@@ -30,8 +30,13 @@ constexpr int kMostPoints = kRegisters == 32 ? 9 : 8;
 constexpr int kPoints[] = {0, kRegisters == 32 ? 9 : 8, kRegisters == 32 ? 9 : 6, 8, 6};
 
 struct Term {
-  int64_t x;    // Floats from a point.
-  int64_t row;  // Of w.
+  int32_t x;    // Floats from a point.
+  int32_t row;  // Of w.
+};
+
+struct Point {
+  int64_t x;    // Floats from the first point's.
+  int64_t out;  // Likewise.
 };
 
 struct Sums {
@@ -39,26 +44,60 @@ struct Sums {
   int64_t w_stride;  // Floats between rows.
   const Term* terms;
   int64_t num_terms;
-  int64_t ahead;  // Floats from a row to what is wanted next: fetched, a cache line to a block.
+  int64_t ahead;    // Floats from a row to what is wanted next: fetched, a cache line to a block.
+  int64_t x_ahead;  // Floats from what is read to what is fetched for later blocks; 0: nothing is.
   float* out;
-  int64_t out_stride;  // Floats between points.
-  bool add;            // To what `out` holds.
+  bool add;     // To what `out` holds.
+  bool stream;  // Stores past the caches.
   // With its pointers at the place of `out`, or null: these sums are not the last.
   const Epilogue* epilogue = nullptr;
 };
 
-// The finished vector at `offset` in the sums of point p.
-KS_INLINE Vec FinishVector(const Sums& sums, Vec sum, int64_t p, int64_t offset) {
-  const Epilogue& epilogue = *sums.epilogue;
-  if (epilogue.bias != nullptr) sum += Load(epilogue.bias + offset);
-  if (epilogue.residual != nullptr) {
-    sum += Load(epilogue.residual + p * sums.out_stride + offset);
+// The one place where finished sums of a block go to memory: to `outs`, whose distance from sums.out
+// is that of its residual.
+template <int kCount, int kVectors>
+KS_INLINE void StoreSums(const Sums& sums, float* const* outs, Vec (&block)[kCount][kVectors]) {
+  // Adding at the end, rather than starting from what was there, keeps long sums more accurate.
+  if (sums.add) {
+    KS_UNROLL
+    for (int p = 0; p < kCount; ++p) {
+      KS_UNROLL
+      for (int v = 0; v < kVectors; ++v) block[p][v] += Load(outs[p] + v * kLanes);
+    }
   }
-  return Clamp(sum, Splat(epilogue.least), Splat(epilogue.most));
+  if (sums.epilogue != nullptr) {
+    const Epilogue& epilogue = *sums.epilogue;
+    const Vec least = Splat(epilogue.least), most = Splat(epilogue.most);
+    KS_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec bias = epilogue.bias == nullptr ? Vec{} : Load(epilogue.bias + v * kLanes);
+      KS_UNROLL
+      for (int p = 0; p < kCount; ++p) {
+        block[p][v] += bias;
+        if (epilogue.residual != nullptr) {
+          block[p][v] += Load(epilogue.residual + (outs[p] - sums.out) + v * kLanes);
+        }
+        block[p][v] = Clamp(block[p][v], least, most);
+      }
+    }
+  }
+  if (sums.stream) {
+    KS_UNROLL
+    for (int p = 0; p < kCount; ++p) {
+      KS_UNROLL
+      for (int v = 0; v < kVectors; ++v) Stream(outs[p] + v * kLanes, block[p][v]);
+    }
+    return;
+  }
+  KS_UNROLL
+  for (int p = 0; p < kCount; ++p) {
+    KS_UNROLL
+    for (int v = 0; v < kVectors; ++v) Store(outs[p] + v * kLanes, block[p][v]);
+  }
 }
 
-template <int kCount, int kVectors>
-void SumTerms(const Sums& sums, const float* const* points) {
+template <int kCount, int kVectors, bool kFetch>
+void SumTerms(const Sums& sums, const float* const* points, float* const* outs) {
   const float* x[kCount];
   KS_UNROLL
   for (int p = 0; p < kCount; ++p) x[p] = points[p];
@@ -66,11 +105,16 @@ void SumTerms(const Sums& sums, const float* const* points) {
   const float* w = sums.w;
   const int64_t w_stride = sums.w_stride;
   const int64_t ahead = sums.ahead;
+  const int64_t x_ahead = sums.x_ahead;
   const Term* const last = sums.terms + sums.num_terms;
   for (const Term* term = sums.terms; term != last; ++term) {
     const float* row = w + term->row * w_stride;
     const int64_t at = term->x;
     __builtin_prefetch(row + ahead);
+    if (kFetch) {
+      KS_UNROLL
+      for (int p = 0; p < kCount; ++p) __builtin_prefetch(x[p] + (at + x_ahead));
+    }
     Vec weights[kVectors];
     KS_UNROLL
     for (int v = 0; v < kVectors; ++v) weights[v] = Load(row + v * kLanes);
@@ -81,42 +125,18 @@ void SumTerms(const Sums& sums, const float* const* points) {
       for (int v = 0; v < kVectors; ++v) block[p][v] += value * weights[v];
     }
   }
-  // Adding at the end, rather than starting from what was there, keeps long sums more accurate.
-  if (sums.add) {
-    KS_UNROLL
-    for (int p = 0; p < kCount; ++p) {
-      KS_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        block[p][v] += Load(sums.out + p * sums.out_stride + v * kLanes);
-      }
-    }
-  }
-  if (sums.epilogue != nullptr) {
-    KS_UNROLL
-    for (int p = 0; p < kCount; ++p) {
-      KS_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        block[p][v] = FinishVector(sums, block[p][v], p, v * kLanes);
-      }
-    }
-  }
-  KS_UNROLL
-  for (int p = 0; p < kCount; ++p) {
-    KS_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      Store(sums.out + p * sums.out_stride + v * kLanes, block[p][v]);
-    }
-  }
+  StoreSums<kCount, kVectors>(sums, outs, block);
 }
 
-typedef void (*SumFunction)(const Sums&, const float* const*);
+typedef void (*SumFunction)(const Sums&, const float* const*, float* const*);
 struct SumFunctions {
-  SumFunction of[kPanelVectors + 1][kMostPoints + 1];
+  SumFunction of[2][kPanelVectors + 1][kMostPoints + 1];  // [1]: fetch the next points.
 };
 template <int kVectors, int kCount>
 struct FillSumFunctions {
   static void Run(SumFunctions* functions) {
-    functions->of[kVectors][kCount] = SumTerms<kCount, kVectors>;
+    functions->of[0][kVectors][kCount] = SumTerms<kCount, kVectors, false>;
+    functions->of[1][kVectors][kCount] = SumTerms<kCount, kVectors, true>;
     FillSumFunctions<kVectors, kCount - 1>::Run(functions);
   }
 };
@@ -153,55 +173,48 @@ KS_INLINE Panel PanelAt(const Panels& panels, int64_t i) {
   return {first, vectors, Min(vectors * kLanes, panels.channels - first * kLanes)};
 }
 
-// The sums of `count` points, given as offsets from `x`, for one panel.
+// The sums of `count` points, given as offsets from `x` and `sums.out`, for one panel.
 KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, const float* x,
-                         const int64_t* offsets, int64_t count, Sums sums) {
+                         const Point* points, int64_t count, Sums sums) {
   const int64_t blocks = CeilDiv(count, kPoints[panel.vectors]);
-  float* const out = sums.out;
-  const int64_t out_stride = sums.out_stride;
+  const int64_t few = count / Max(1, blocks), rest = count % Max(1, blocks);
   const int64_t ahead = sums.ahead;
-  const Epilogue* const whole = sums.epilogue;
-  Epilogue epilogue = {};  // Of a block.
-  if (whole != nullptr) epilogue = *whole;
-  const bool ragged = panel.channels < panel.vectors * kLanes;
+  const int64_t width = panel.vectors * kLanes;
+  const SumFunction* const of = functions.of[sums.x_ahead != 0][panel.vectors];
+  const Epilogue* const epilogue = sums.epilogue;
+  if (panel.channels < width) sums.epilogue = nullptr;
   float lanes[kMostPoints * kPanelVectors * kLanes];
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = PartBegin(count, blocks, b);
-    const int64_t here = PartBegin(count, blocks, b + 1) - first;
-    const float* points[kMostPoints];
-    for (int64_t p = 0; p < here; ++p) points[p] = x + offsets[first + p];
-    sums.out = out + first * out_stride;
-    sums.ahead = ahead + b % (panel.vectors * kLanes / 16 + 1) * 16;
-    if (whole != nullptr && whole->residual != nullptr) {
-      epilogue.residual = whole->residual + first * out_stride;
+    const int64_t here = few + (b < rest ? 1 : 0);
+    const float* from[kMostPoints];
+    float* to[kMostPoints];
+    for (int64_t p = 0; p < here; ++p) {
+      from[p] = x + points[p].x;
+      to[p] = sums.out + points[p].out;
     }
-    if (!ragged) {
-      if (whole != nullptr) sums.epilogue = &epilogue;
-      functions.of[panel.vectors][here](sums, points);
+    points += here;
+    sums.ahead = ahead + b % (width / 16 + 1) * 16;
+    if (panel.channels == width) {
+      of[here](sums, from, to);
       continue;
     }
-    float* const target = sums.out;
-    sums.epilogue = nullptr;
-    sums.out = lanes;
-    sums.out_stride = panel.vectors * kLanes;
-    if (sums.add) {
-      memset(lanes, 0, sizeof(lanes));
-      for (int64_t p = 0; p < here; ++p) {
-        for (int64_t c = 0; c < panel.channels; ++c) {
-          lanes[p * sums.out_stride + c] = target[p * out_stride + c];
-        }
-      }
+    float* padded[kMostPoints];
+    for (int64_t p = 0; p < here; ++p) {
+      padded[p] = lanes + p * width;
+      if (!sums.add) continue;
+      memset(padded[p], 0, width * 4);
+      for (int64_t c = 0; c < panel.channels; ++c) padded[p][c] = to[p][c];
     }
-    functions.of[panel.vectors][here](sums, points);
+    of[here](sums, from, padded);
     for (int64_t p = 0; p < here; ++p) {
       for (int64_t c = 0; c < panel.channels; ++c) {
-        float sum = lanes[p * sums.out_stride + c];
-        if (whole != nullptr) {
-          if (whole->bias != nullptr) sum += whole->bias[c];
-          if (whole->residual != nullptr) sum += epilogue.residual[p * out_stride + c];
-          sum = Clamp(sum, whole->least, whole->most);
+        float sum = padded[p][c];
+        if (epilogue != nullptr) {
+          if (epilogue->bias != nullptr) sum += epilogue->bias[c];
+          if (epilogue->residual != nullptr) sum += epilogue->residual[to[p] - sums.out + c];
+          sum = Clamp(sum, epilogue->least, epilogue->most);
         }
-        target[p * out_stride + c] = sum;
+        to[p][c] = sum;
       }
     }
   }
@@ -233,9 +246,10 @@ KS_INLINE int64_t TapOffset(const KsGeometry& geometry, const Tiles& tiles, int6
          j * geometry.dilation_width * tiles.pixel_stride;
 }
 
-// Chooses tiles of about kTileBytes. Returns false when there is nothing to compute or
+// Chooses tiles of about kTileBytes. They are copied where taps leave the image, unless !may_copy:
+// the caller then keeps to the taps inside. Returns false when there is nothing to compute or
 // even one row takes too much memory. Depends on sizes only.
-KS_INLINE bool PlanTiles(const KsGeometry& geometry, Tiles* tiles) {
+KS_INLINE bool PlanTiles(const KsGeometry& geometry, bool may_copy, Tiles* tiles) {
   const Grid grid = ForwardGrid(geometry);
   if (grid.batch <= 0 || grid.rows <= 0 || grid.columns <= 0) return false;
   const double least = 4.0 * (static_cast<double>(grid.reach_height) + 1) *
@@ -245,8 +259,8 @@ KS_INLINE bool PlanTiles(const KsGeometry& geometry, Tiles* tiles) {
   tiles->grid = grid;
   const int64_t read_width = (grid.columns - 1) * grid.step_width + grid.reach_width + 1;
   const int64_t read_height = (grid.rows - 1) * grid.step_height + grid.reach_height + 1;
-  tiles->copied =
-      grid.pad_top > 0 || grid.pad_left > 0 || read_width > grid.width || read_height > grid.height;
+  tiles->copied = may_copy && (grid.pad_top > 0 || grid.pad_left > 0 || read_width > grid.width ||
+                               read_height > grid.height);
   if (tiles->copied) {
     // An odd number of cache lines to a pixel: neighbours do not fall into the same cache sets.
     tiles->pixel_stride =
@@ -273,6 +287,8 @@ KS_INLINE bool PlanTiles(const KsGeometry& geometry, Tiles* tiles) {
     const int64_t most = Max(1, kTileBytes / (reach_bytes + grid.rows * row_bytes));
     const int64_t enough = CeilDiv(192, grid.rows * grid.columns);
     tiles->images = Min(Min(grid.batch, most), Max(enough, grid.batch / kWantedItems));
+    // Terms count in 32 bits.
+    tiles->images = Max(1, Min(tiles->images, (int64_t{1} << 30) / Max(1, tiles->image_stride)));
   }
   tiles->groups = CeilDiv(grid.batch, tiles->images);
   return true;
@@ -295,15 +311,9 @@ KS_INLINE Tile TileAt(const Tiles& tiles, int64_t i) {
 }
 
 // Where the taps of each output pixel of a tile start. A tile with fewer pixels uses the first.
-KS_INLINE void PixelOffsets(const Tiles& tiles, int64_t* offsets) {
-  for (int64_t g = 0; g < tiles.images; ++g) {
-    for (int64_t r = 0; r < tiles.rows; ++r) {
-      for (int64_t c = 0; c < tiles.grid.columns; ++c) {
-        *offsets++ = g * tiles.image_stride + r * tiles.grid.step_height * tiles.row_stride +
-                     c * tiles.grid.step_width * tiles.pixel_stride;
-      }
-    }
-  }
+KS_INLINE int64_t PixelOffset(const Tiles& tiles, int64_t image, int64_t row, int64_t column) {
+  return image * tiles.image_stride + row * tiles.grid.step_height * tiles.row_stride +
+         column * tiles.grid.step_width * tiles.pixel_stride;
 }
 
 KS_INLINE void CopyPixels(const float* source, int64_t count, int64_t channels, float* target,

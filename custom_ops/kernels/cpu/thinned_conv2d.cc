@@ -1,11 +1,16 @@
 // Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
 //
 // Thinned convolution, forward: out[pixel, :] = sum over kept rows k of x[pixel + offset(k)] *
-// W'[k], directly from padded pixels; see terms.h.
+// W'[k], directly from pixels; see terms.h.
+//
+// Output pixels whose taps fall inside the image alike form a class with terms of its own: taps in
+// the padding cost nothing, and the input is read where it is. Classes of too few pixels would not
+// fill their blocks: then an axis is left whole, and tiles of the input are copied with their
+// padding instead.
 //
 // Kept rows are taken in the order (channel / 16, tap, channel): neighbouring terms then read the
-// same cache line of a pixel. They are cut into chunks whose part of a panel of W' stays in the
-// second-level cache, and in part in the first, while all pixels of a tile pass by.
+// same cache line of a pixel. W' is packed into panels in that order, and a panel is cut into
+// chunks that stay in the second-level cache while all pixels of a tile pass by.
 
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
@@ -15,82 +20,195 @@ namespace ks {
 namespace KS_ISA {
 namespace {
 
-constexpr int64_t kChunkBytes = 96 * 1024;          // Of a panel of W'.
-constexpr int64_t kChunkInPlaceBytes = 256 * 1024;  // Of W', when it is read in place.
-constexpr int64_t kRowsOfItem = 64;                 // Kept rows packed at a time.
-constexpr int64_t kPackFrom = 100;                  // Pixels that pay for packing W'.
+constexpr int64_t kChunkBytes = 96 * 1024;  // Of a panel of W'.
+constexpr int64_t kRowsOfItem = 64;         // Kept rows packed at a time.
 constexpr int64_t kLineChannels = 16;
+constexpr int64_t kMostSpans = 9;            // Of an axis.
+constexpr int64_t kMostTermBytes = 8 << 20;  // Of all classes.
+constexpr double kStreamFrom = 8e6;          // Bytes of a result too large for the caches.
 
 struct Parameters {
   Tiles tiles;
-  int64_t shared_tiles;  // 1: tiles are copied once, to memory of the whole call.
-  int64_t splits;        // Parts of the panels, one item each.
-  int64_t packed;        // 1: W' is packed into panels of consecutive rows.
+  int64_t shared_tiles;          // 1: tiles are copied once, to memory of the whole call.
+  int64_t splits;                // Parts of the panels, one item each.
+  int64_t split;                 // The axes that are cut into spans.
+  int64_t row_spans, col_spans;  // Classes = row spans x column spans.
+  int64_t chunks;                // Of the kept rows.
+  int64_t stream;
+  int64_t x_ahead;  // See Sums.
 };
 
+// Neighbouring rows (or columns) of the output with the same taps inside the image.
+struct Span {
+  int64_t begin, end;          // Rows of the output.
+  int64_t tap_begin, tap_end;  // Taps inside.
+};
+
+// One axis of the convolution.
+struct Axis {
+  int64_t size, in_size;  // Of the output and of the input.
+  int64_t taps, stride, dilation, pad;
+};
+KS_INLINE Axis RowAxis(const KsGeometry& g) {
+  return {g.out_height,    g.in_height,       g.kernel_height,
+          g.stride_height, g.dilation_height, g.pad_top};
+}
+KS_INLINE Axis ColumnAxis(const KsGeometry& g) {
+  return {g.out_width, g.in_width, g.kernel_width, g.stride_width, g.dilation_width, g.pad_left};
+}
+
+KS_INLINE void TapsAt(const Axis& axis, int64_t at, Span* span) {
+  const int64_t first = at * axis.stride - axis.pad;
+  span->tap_begin = Min(axis.taps, Max(0, CeilDiv(-first, axis.dilation)));
+  span->tap_end =
+      Max(span->tap_begin, Min(axis.taps, FloorDiv(axis.in_size - 1 - first, axis.dilation) + 1));
+}
+
+// The spans of an axis, all of it when it is not split. Returns 0 when there are too many.
+int64_t MakeSpans(const Axis& axis, bool split, Span* spans) {
+  if (!split) {
+    spans[0] = {0, axis.size, 0, axis.taps};
+    return 1;
+  }
+  int64_t count = 0;
+  for (int64_t at = 0; at < axis.size; ++at) {
+    Span span = {at, at + 1, 0, 0};
+    TapsAt(axis, at, &span);
+    if (count > 0 && spans[count - 1].tap_begin == span.tap_begin &&
+        spans[count - 1].tap_end == span.tap_end) {
+      spans[count - 1].end = at + 1;
+      continue;
+    }
+    if (count == kMostSpans) return 0;
+    spans[count++] = span;
+  }
+  return count;
+}
+
+struct Spans {
+  Span rows[kMostSpans], columns[kMostSpans];
+};
+enum { kSplitRows = 1, kSplitColumns = 2 };
+bool SetSpans(const KsGeometry& geometry, Parameters* parameters, Spans* spans) {
+  parameters->row_spans =
+      MakeSpans(RowAxis(geometry), (parameters->split & kSplitRows) != 0, spans->rows);
+  parameters->col_spans =
+      MakeSpans(ColumnAxis(geometry), (parameters->split & kSplitColumns) != 0, spans->columns);
+  return parameters->row_spans > 0 && parameters->col_spans > 0;
+}
+
+// Pixels of a class in a tile, at most.
+KS_INLINE int64_t ClassPixels(const Tiles& tiles, const Span& rows, const Span& columns) {
+  return tiles.images * Min(tiles.rows, rows.end - rows.begin) * (columns.end - columns.begin);
+}
+int64_t AllClassPixels(const Tiles& tiles, const Parameters& parameters, const Spans& spans) {
+  int64_t pixels = 0;
+  for (int64_t r = 0; r < parameters.row_spans; ++r) {
+    for (int64_t c = 0; c < parameters.col_spans; ++c) {
+      pixels += ClassPixels(tiles, spans.rows[r], spans.columns[c]);
+    }
+  }
+  return pixels;
+}
+
 struct Prepared {
-  Term* terms;       // [kept], in the order of the sums.
-  int64_t* offsets;  // Of a tile's pixels.
-  int32_t* order;    // [kept]: the kept row of each term.
-  int32_t* starts;   // Of the groups of channels.
-  float* panels;     // Panel after panel, each [kept][its vectors * kLanes].
+  Term* terms;      // Class after class, each with room for [kept].
+  int32_t* chunks;  // [classes][chunks + 1]: where the terms of a chunk begin.
+  Point* points;    // Class after class: its pixels in a tile.
+  int32_t* order;   // [kept]: the kept row of each packed row.
+  int32_t* starts;  // Of the groups of channels.
+  float* panels;    // Panel after panel, each [kept][its vectors * kLanes].
 };
 
 Prepared PlacePrepared(const KsArguments& arguments, const Parameters& parameters,
-                       const KsMemory& memory) {
+                       const Spans& spans, const KsMemory& memory) {
+  const int64_t classes = parameters.row_spans * parameters.col_spans;
   Arena arena = {static_cast<char*>(memory.table)};
   Prepared place;
-  place.terms = arena.Take<Term>(arguments.kept);
-  place.offsets = arena.Take<int64_t>(TilePixels(parameters.tiles));
+  place.terms = arena.Take<Term>(classes * arguments.kept);
+  place.chunks = arena.Take<int32_t>(classes * (parameters.chunks + 1));
+  place.points = arena.Take<Point>(AllClassPixels(parameters.tiles, parameters, spans));
   place.order = arena.Take<int32_t>(arguments.kept);
   place.starts = arena.Take<int32_t>(CeilDiv(arguments.geometry.in_channels, kLineChannels) + 1);
   place.panels = static_cast<float*>(memory.filter);
   return place;
 }
 
-int64_t TableBytes(const KsArguments& arguments, const Parameters& parameters) {
-  return PieceBytes(arguments.kept, sizeof(Term)) + PieceBytes(TilePixels(parameters.tiles), 8) +
+int64_t TableBytes(const KsArguments& arguments, const Parameters& parameters, const Spans& spans) {
+  const int64_t classes = parameters.row_spans * parameters.col_spans;
+  return PieceBytes(classes * arguments.kept, sizeof(Term)) +
+         PieceBytes(classes * (parameters.chunks + 1), 4) +
+         PieceBytes(AllClassPixels(parameters.tiles, parameters, spans), sizeof(Point)) +
          PieceBytes(arguments.kept, 4) +
          PieceBytes(CeilDiv(arguments.geometry.in_channels, kLineChannels) + 1, 4);
 }
 
-// Sorts the kept rows by group of channels. `indices` increase: taps do too, within a group. Rows
-// of W' that are read in place keep their order: they come from memory once, one after another.
-void SortTerms(const KsArguments& arguments, const Parameters& parameters,
-               const Prepared& prepared) {
-  const KsGeometry& geometry = arguments.geometry;
-  const int64_t channels = geometry.in_channels;
-  const int64_t line = parameters.packed ? kLineChannels : Max(1, channels);
-  const int64_t groups = CeilDiv(channels, line);
+// Sorts the kept rows by group of channels. `indices` increase: taps do too, within a group.
+void SortRows(const KsArguments& arguments, const Prepared& prepared) {
+  const int64_t channels = Max(1, arguments.geometry.in_channels);
+  const int64_t groups = CeilDiv(channels, kLineChannels);
+  memset(prepared.starts, 0, (groups + 1) * 4);
   for (int pass = 0; pass < 2; ++pass) {
-    if (pass == 0) {
-      memset(prepared.starts, 0, (groups + 1) * 4);
-    } else {
-      for (int64_t g = 0; g < groups; ++g) prepared.starts[g + 1] += prepared.starts[g];
-    }
-    int64_t tap = 0, tap_begin = 0;
-    int64_t tap_offset = 0;
     for (int64_t k = 0; k < arguments.kept; ++k) {
-      const int64_t index = arguments.indices[k];
-      if (index >= tap_begin + channels) {
-        tap = index / channels;
-        tap_begin = tap * channels;
-        tap_offset = TapOffset(geometry, parameters.tiles, tap / geometry.kernel_width,
-                               tap % geometry.kernel_width);
-      }
-      const int64_t channel = index - tap_begin;
+      const int64_t group = arguments.indices[k] % channels / kLineChannels;
       if (pass == 0) {
-        ++prepared.starts[channel / line + 1];
-        continue;
+        ++prepared.starts[group + 1];
+      } else {
+        prepared.order[prepared.starts[group]++] = static_cast<int32_t>(k);
       }
-      const int32_t place = prepared.starts[channel / line]++;
-      prepared.order[place] = static_cast<int32_t>(k);
-      prepared.terms[place] = {tap_offset + channel, parameters.packed ? place : k};
+    }
+    if (pass == 0) {
+      for (int64_t g = 0; g < groups; ++g) prepared.starts[g + 1] += prepared.starts[g];
     }
   }
 }
 
-// Terms [begin, end) of W' into all panels.
+// The terms and the pixels of every class.
+void MakeClasses(const KsArguments& arguments, const Parameters& parameters, const Spans& spans,
+                 const Prepared& prepared) {
+  const KsGeometry& geometry = arguments.geometry;
+  const Tiles& tiles = parameters.tiles;
+  Term* terms = prepared.terms;
+  int32_t* chunks = prepared.chunks;
+  Point* point = prepared.points;
+  for (int64_t r = 0; r < parameters.row_spans; ++r) {
+    for (int64_t c = 0; c < parameters.col_spans; ++c) {
+      const Span& rows = spans.rows[r];
+      const Span& columns = spans.columns[c];
+      int64_t count = 0, chunk = 0;
+      for (int64_t t = 0; t < arguments.kept; ++t) {
+        while (t >= PartBegin(arguments.kept, parameters.chunks, chunk)) {
+          chunks[chunk++] = static_cast<int32_t>(count);
+        }
+        const int64_t index = arguments.indices[prepared.order[t]];
+        const int64_t tap = index / geometry.in_channels;
+        const int64_t i = tap / geometry.kernel_width, j = tap % geometry.kernel_width;
+        if (i < rows.tap_begin || i >= rows.tap_end || j < columns.tap_begin ||
+            j >= columns.tap_end) {
+          continue;
+        }
+        terms[count++] = {static_cast<int32_t>(TapOffset(geometry, tiles, i - rows.tap_begin,
+                                                         j - columns.tap_begin) +
+                                               index % geometry.in_channels),
+                          static_cast<int32_t>(t)};
+      }
+      while (chunk <= parameters.chunks) chunks[chunk++] = static_cast<int32_t>(count);
+      terms += arguments.kept;
+      chunks += parameters.chunks + 1;
+      for (int64_t g = 0; g < tiles.images; ++g) {
+        for (int64_t y = 0; y < Min(tiles.rows, rows.end - rows.begin); ++y) {
+          for (int64_t x = 0; x < columns.end - columns.begin; ++x) {
+            *point++ = {
+                PixelOffset(tiles, g, y, x),
+                ((g * tiles.grid.rows + y) * tiles.grid.columns + x) * geometry.out_channels};
+          }
+        }
+      }
+    }
+  }
+}
+
+// Rows [begin, end) of W', in the order of the terms, into all panels.
 void PackRows(const KsArguments& arguments, const Prepared& prepared, int64_t begin, int64_t end) {
   const Panels panels = MakePanels(arguments.geometry.out_channels);
   for (int64_t i = 0; i < panels.count; ++i) {
@@ -109,45 +227,97 @@ void PackRows(const KsArguments& arguments, const Prepared& prepared, int64_t be
   }
 }
 
-void ComputeTile(const KsArguments& arguments, const Parameters& parameters,
+void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Spans& spans,
                  const Prepared& prepared, const SumFunctions& functions, const Tile& tile,
                  const float* x, int64_t panel_begin, int64_t panel_end) {
-  const Panels panels = MakePanels(arguments.geometry.out_channels);
-  const int64_t row_bytes = parameters.packed ? kPanelVectors * kLanes * 4 : panels.channels * 4;
-  const int64_t chunks = Max(
-      1, CeilDiv(arguments.kept * row_bytes, parameters.packed ? kChunkBytes : kChunkInPlaceBytes));
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t first = PartBegin(arguments.kept, chunks, chunk);
-    const int64_t last = PartBegin(arguments.kept, chunks, chunk + 1);
-    for (int64_t i = panel_begin; i < panel_end; ++i) {
-      const Panel panel = PanelAt(panels, i);
-      Sums sums;
-      if (parameters.packed) {
-        sums.w = prepared.panels + arguments.kept * panel.first_vector * kLanes;
-        sums.w_stride = panel.vectors * kLanes;
-        sums.ahead = 0;
-      } else {
-        sums.w = arguments.filter + panel.first_vector * kLanes;
-        sums.w_stride = panels.channels;
-        sums.ahead =
-            i + 1 < panel_end
-                ? panel.vectors * kLanes
-                : (last - first) * panels.channels -
-                      (panel.first_vector - PanelAt(panels, panel_begin).first_vector) * kLanes;
-      }
-      sums.terms = prepared.terms + first;
-      sums.num_terms = last - first;
-      sums.out =
-          arguments.output + tile.first_pixel * panels.channels + panel.first_vector * kLanes;
-      sums.out_stride = panels.channels;
+  const KsGeometry& geometry = arguments.geometry;
+  const Tiles& tiles = parameters.tiles;
+  const Panels panels = MakePanels(geometry.out_channels);
+  const int64_t pad_top = tiles.copied ? 0 : geometry.pad_top;
+  const int64_t pad_left = tiles.copied ? 0 : geometry.pad_left;
+  for (int64_t i = panel_begin; i < panel_end; ++i) {
+    const Panel panel = PanelAt(panels, i);
+    Sums sums;
+    sums.w = prepared.panels + arguments.kept * panel.first_vector * kLanes;
+    sums.w_stride = panel.vectors * kLanes;
+    sums.stream = parameters.stream;
+    for (int64_t chunk = 0; chunk < parameters.chunks; ++chunk) {
+      // The next chunk comes next in memory.
+      sums.ahead = (PartBegin(arguments.kept, parameters.chunks, chunk + 1) -
+                    PartBegin(arguments.kept, parameters.chunks, chunk)) *
+                   sums.w_stride;
+      sums.x_ahead = i == panel_begin ? parameters.x_ahead : 0;
       sums.add = chunk > 0;
-      Epilogue epilogue = MakeEpilogue(arguments);
-      if (epilogue.bias != nullptr) epilogue.bias += panel.first_vector * kLanes;
-      if (epilogue.residual != nullptr) epilogue.residual += sums.out - arguments.output;
-      sums.epilogue = epilogue.used && chunk == chunks - 1 ? &epilogue : nullptr;
-      SumPoints(functions, panel, x, prepared.offsets, tile.pixels, sums);
+      const Term* terms = prepared.terms;
+      const int32_t* begins = prepared.chunks + chunk;
+      const Point* points = prepared.points;
+      for (int64_t r = 0; r < parameters.row_spans; ++r) {
+        const Span& rows = spans.rows[r];
+        const int64_t y = Max(rows.begin, tile.first_row);
+        const int64_t height = Min(rows.end, tile.first_row + tile.rows) - y;
+        for (int64_t c = 0; c < parameters.col_spans; ++c) {
+          const Span& columns = spans.columns[c];
+          if (height > 0) {
+            sums.terms = terms + begins[0];
+            sums.num_terms = begins[1] - begins[0];
+            sums.out =
+                arguments.output +
+                ((tile.first_image * tiles.grid.rows + y) * tiles.grid.columns + columns.begin) *
+                    panels.channels +
+                panel.first_vector * kLanes;
+            Epilogue epilogue = MakeEpilogue(arguments);
+            if (epilogue.bias != nullptr) epilogue.bias += panel.first_vector * kLanes;
+            if (epilogue.residual != nullptr) epilogue.residual += sums.out - arguments.output;
+            sums.epilogue =
+                epilogue.used && chunk == parameters.chunks - 1 ? &epilogue : nullptr;
+            const int64_t x_row = (y - tile.first_row) * geometry.stride_height - pad_top +
+                                  rows.tap_begin * geometry.dilation_height;
+            const int64_t x_column = columns.begin * geometry.stride_width - pad_left +
+                                     columns.tap_begin * geometry.dilation_width;
+            SumPoints(functions, panel,
+                      x + x_row * tiles.row_stride + x_column * tiles.pixel_stride, points,
+                      tile.images * height * (columns.end - columns.begin), sums);
+          }
+          terms += arguments.kept;
+          begins += parameters.chunks + 1;
+          points += ClassPixels(tiles, rows, columns);
+        }
+      }
     }
   }
+}
+
+// About what a group of tiles with all rows costs, in cycles.
+double GroupCost(const KsArguments& arguments, const Parameters& parameters, const Spans& spans) {
+  const KsGeometry& geometry = arguments.geometry;
+  const Tiles& tiles = parameters.tiles;
+  const Panels panels = MakePanels(geometry.out_channels);
+  const int64_t vectors = PanelAt(panels, 0).vectors;
+  const double taps = static_cast<double>(geometry.kernel_height) * geometry.kernel_width;
+  double cycles = 0;
+  for (int64_t r = 0; r < parameters.row_spans; ++r) {
+    for (int64_t c = 0; c < parameters.col_spans; ++c) {
+      const Span& rows = spans.rows[r];
+      const Span& columns = spans.columns[c];
+      const double pixels = static_cast<double>(tiles.images) * (rows.end - rows.begin) *
+                            (columns.end - columns.begin);
+      const double blocks = static_cast<double>(
+          CeilDiv(static_cast<int64_t>(pixels), kPoints[vectors]) + tiles.row_tiles - 1);
+      const double terms = static_cast<double>(arguments.kept) * (rows.tap_end - rows.tap_begin) *
+                           (columns.tap_end - columns.tap_begin) / taps;
+      // A block takes as long as its products, or as fetching its part of W'.
+      const double products = pixels * vectors / 2, least = blocks * 2.0 * vectors;
+      cycles += (products > least ? products : least) * terms + blocks * 40;
+    }
+  }
+  cycles *= static_cast<double>(panels.count);
+  if (tiles.copied) {
+    return cycles + static_cast<double>(tiles.images * tiles.row_tiles * tiles.padded_rows) *
+                        tiles.row_stride * (8.0 / 16);
+  }
+  // Pixels a large power of two apart meet in few sets of the first-level cache.
+  const int64_t apart = tiles.pixel_stride * 4;
+  return cycles * (apart % 2048 == 0 ? 1.15 : apart % 1024 == 0 ? 1.04 : 1.01);
 }
 
 }  // namespace
@@ -155,27 +325,54 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters,
 int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   const KsGeometry& geometry = arguments->geometry;
   memset(plan, 0, sizeof(*plan));
+  if (geometry.out_channels == 0) return 0;
   Parameters parameters = {};
-  Tiles& tiles = parameters.tiles;
-  if (geometry.out_channels == 0 || !PlanTiles(geometry, &tiles)) return 0;
+  Spans spans;
+  double best = -1;
+  // The input in place, then copies of it for all ways to cut the axes.
+  for (int way = 4; way >= 0; --way) {
+    Parameters candidate = {};
+    Spans candidate_spans;
+    candidate.split = Min(way, kSplitRows | kSplitColumns);
+    if (!SetSpans(geometry, &candidate, &candidate_spans)) continue;
+    const int64_t classes = candidate.row_spans * candidate.col_spans;
+    if (way > 0 && classes * arguments->kept * 8 > kMostTermBytes) continue;
+    if (!PlanTiles(geometry, way < 4, &candidate.tiles)) return 0;
+    const double cost = GroupCost(*arguments, candidate, candidate_spans) * candidate.tiles.groups;
+    if (best >= 0 && cost >= best) continue;
+    best = cost;
+    parameters = candidate;
+    spans = candidate_spans;
+  }
+  const Tiles& tiles = parameters.tiles;
   const int64_t num_tiles = NumTiles(tiles);
   const Panels panels = MakePanels(geometry.out_channels);
-  const double pixels =
-      static_cast<double>(geometry.batch) * geometry.out_height * geometry.out_width;
-  // Rows that do not fill their vectors cannot be read in place.
-  parameters.packed = pixels >= kPackFrom || geometry.out_channels % kLanes != 0;
   parameters.splits = 1;
   if (num_tiles < kWantedItems / 2) {
     parameters.shared_tiles = tiles.copied;
     parameters.splits = Min(CeilDiv(kWantedItems, num_tiles), panels.count);
   }
+  parameters.chunks =
+      Max(1, CeilDiv(arguments->kept * PanelAt(panels, 0).vectors * kLanes * 4, kChunkBytes));
+  // A copy is in the caches; the rest is fetched a row of pixels ahead, or a block without taps.
+  if (!tiles.copied) {
+    parameters.x_ahead =
+        geometry.kernel_height * geometry.kernel_width > 1
+            ? geometry.stride_height * tiles.row_stride
+            : kPoints[PanelAt(panels, 0).vectors] * geometry.stride_width * tiles.pixel_stride;
+  }
+  const double result = 4.0 * static_cast<double>(geometry.batch) * geometry.out_height *
+                        geometry.out_width * geometry.out_channels;
+  parameters.stream = parameters.chunks == 1 && geometry.out_channels % kLanes == 0 &&
+                      result >= kStreamFrom &&
+                      reinterpret_cast<uintptr_t>(arguments->output) % (kLanes * 4) == 0;
 
   KsStage* stage = plan->stages;
   stage->items = 1;
-  stage->cost = 100 + arguments->kept * 10;
+  stage->cost = 100 + arguments->kept * 10 * (1 + parameters.row_spans * parameters.col_spans);
   stage->prepares = KS_PREPARES_TABLE;
   ++stage;
-  stage->items = parameters.packed ? CeilDiv(arguments->kept, kRowsOfItem) : 0;
+  stage->items = CeilDiv(arguments->kept, kRowsOfItem);
   stage->cost = 100 + kRowsOfItem * geometry.out_channels / 8;
   stage->prepares = KS_PREPARES_FILTER;
   ++stage;
@@ -189,9 +386,8 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
                                   static_cast<double>(geometry.in_channels) / 8) /
                                  static_cast<double>(parameters.splits));
   plan->num_stages = 4;
-  plan->table_bytes = TableBytes(*arguments, parameters);
-  plan->filter_bytes =
-      parameters.packed ? PieceBytes(arguments->kept * panels.vectors * kLanes, 4) : 0;
+  plan->table_bytes = TableBytes(*arguments, parameters, spans);
+  plan->filter_bytes = PieceBytes(arguments->kept * panels.vectors * kLanes, 4);
   plan->scratch_bytes = parameters.shared_tiles ? 0 : TileBytes(tiles);
   plan->shared_bytes = parameters.shared_tiles ? num_tiles * TileBytes(tiles) : 0;
   SaveParameters(parameters, plan);
@@ -200,15 +396,17 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
 
 void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
                       int64_t begin, int64_t end, const KsMemory* memory) {
-  const Parameters parameters = LoadParameters<Parameters>(plan);
+  Parameters parameters = LoadParameters<Parameters>(plan);
   const Tiles& tiles = parameters.tiles;
-  const Prepared prepared = PlacePrepared(*arguments, parameters, *memory);
+  Spans spans;
+  SetSpans(arguments->geometry, &parameters, &spans);
+  const Prepared prepared = PlacePrepared(*arguments, parameters, spans, *memory);
   float* const shared_tiles = static_cast<float*>(memory->shared);
   const int64_t tile_size = TileBytes(tiles) / 4;
   const int64_t tile_rows = tiles.images * tiles.padded_rows;
   if (stage == 0) {
-    SortTerms(*arguments, parameters, prepared);
-    PixelOffsets(tiles, prepared.offsets);
+    SortRows(*arguments, prepared);
+    MakeClasses(*arguments, parameters, spans, prepared);
     return;
   }
   if (stage == 1) {
@@ -238,11 +436,12 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
     } else if (tiles.copied) {
       CopyRows(tiles, tile, arguments->input, 0, tile.images * tiles.padded_rows, copy);
     }
-    ComputeTile(*arguments, parameters, prepared, functions, tile,
+    ComputeTile(*arguments, parameters, spans, prepared, functions, tile,
                 TileData(tiles, tile, arguments->input, copy),
                 PartBegin(panels, parameters.splits, split),
                 PartBegin(panels, parameters.splits, split + 1));
   }
+  if (parameters.stream) StreamEnd();
 }
 
 }  // namespace KS_ISA

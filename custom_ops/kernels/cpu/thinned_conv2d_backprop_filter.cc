@@ -29,7 +29,7 @@ int ThinnedConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* plan) 
   memset(plan, 0, sizeof(*plan));
   Parameters parameters = {};
   Tiles& tiles = parameters.tiles;
-  if (!PlanTiles(geometry, &tiles)) return 0;
+  if (!PlanTiles(geometry, true, &tiles)) return 0;
   const int64_t num_tiles = NumTiles(tiles);
   const int64_t sums = arguments->kept * geometry.out_channels;
   const Panels panels = MakePanels(geometry.out_channels);
@@ -52,8 +52,7 @@ int ThinnedConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* plan) 
   PlanPartsStage(parameters.parts, &plan->stages[1]);
   plan->shared_bytes = PartsBytes(parameters.parts);
   plan->scratch_bytes =
-      PieceBytes(arguments->kept, 8) + PieceBytes(TilePixels(tiles), 8) +
-      PieceBytes(TilePixels(tiles), sizeof(Term)) +
+      PieceBytes(arguments->kept, sizeof(Point)) + PieceBytes(TilePixels(tiles), sizeof(Term)) +
       PieceBytes(parameters.packed ? TilePixels(tiles) * panels.vectors * kLanes : 0, 4) +
       TileBytes(tiles);
   SaveParameters(parameters, plan);
@@ -73,8 +72,7 @@ void ThinnedConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* 
   const Panels panels = MakePanels(geometry.out_channels);
   const SumFunctions functions = AllSumFunctions();
   Arena arena = {static_cast<char*>(memory->scratch)};
-  int64_t* const row_offsets = arena.Take<int64_t>(arguments->kept);
-  int64_t* const pixel_offsets = arena.Take<int64_t>(TilePixels(tiles));
+  Point* const points = arena.Take<Point>(arguments->kept);
   Term* const terms = arena.Take<Term>(TilePixels(tiles));
   const int64_t packed_channels = panels.vectors * kLanes;
   float* const packed =
@@ -82,20 +80,24 @@ void ThinnedConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* 
   float* const copy = reinterpret_cast<float*>(arena.at);
   for (int64_t k = 0; k < arguments->kept; ++k) {
     const int64_t tap = arguments->indices[k] / geometry.in_channels;
-    row_offsets[k] =
+    points[k] = {
         arguments->indices[k] % geometry.in_channels +
-        TapOffset(geometry, tiles, tap / geometry.kernel_width, tap % geometry.kernel_width);
+            TapOffset(geometry, tiles, tap / geometry.kernel_width, tap % geometry.kernel_width),
+        k * geometry.out_channels};
   }
-  PixelOffsets(tiles, pixel_offsets);
-  for (int64_t p = 0; p < TilePixels(tiles); ++p) terms[p] = {pixel_offsets[p], p};
+  for (int64_t p = 0; p < TilePixels(tiles); ++p) {
+    const int64_t row = p / tiles.grid.columns;
+    terms[p] = {static_cast<int32_t>(
+                    PixelOffset(tiles, row / tiles.rows, row % tiles.rows, p % tiles.grid.columns)),
+                static_cast<int32_t>(p)};
+  }
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t part = item / parameters.splits;
     const int64_t split = item % parameters.splits;
     const int64_t first = PartBegin(arguments->kept, parameters.splits, split);
     const int64_t rows = PartBegin(arguments->kept, parameters.splits, split + 1) - first;
-    float* const result = PartSums(parameters.parts, part, part_sums, arguments->output) +
-                          first * geometry.out_channels;
+    float* const result = PartSums(parameters.parts, part, part_sums, arguments->output);
     bool add = false;
     for (int64_t t = PartBegin(NumTiles(tiles), parameters.parts.count, part);
          t < PartBegin(NumTiles(tiles), parameters.parts.count, part + 1); ++t) {
@@ -124,10 +126,11 @@ void ThinnedConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* 
           sums.terms = terms + pixel;
           sums.num_terms = PartBegin(tile.pixels, chunks, chunk + 1) - pixel;
           sums.ahead = 0;
+          sums.x_ahead = 0;
+          sums.stream = false;
           sums.out = result + panel.first_vector * kLanes;
-          sums.out_stride = geometry.out_channels;
           sums.add = add;
-          SumPoints(functions, panel, x, row_offsets + first, rows, sums);
+          SumPoints(functions, panel, x, points + first, rows, sums);
         }
         add = true;
       }
