@@ -363,9 +363,8 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   }
   const double result = 4.0 * static_cast<double>(geometry.batch) * geometry.out_height *
                         geometry.out_width * geometry.out_channels;
-  parameters.stream = parameters.chunks == 1 && geometry.out_channels % kLanes == 0 &&
-                      result >= kStreamFrom &&
-                      reinterpret_cast<uintptr_t>(arguments->output) % (kLanes * 4) == 0;
+  parameters.stream =
+      parameters.chunks == 1 && geometry.out_channels % kLanes == 0 && result >= kStreamFrom;
 
   KsStage* stage = plan->stages;
   stage->items = 1;
@@ -424,6 +423,7 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
     return;
   }
 
+  if (reinterpret_cast<uintptr_t>(arguments->output) % sizeof(Vec) != 0) parameters.stream = 0;
   const SumFunctions functions = AllSumFunctions();
   const int64_t panels = MakePanels(arguments->geometry.out_channels).count;
   for (int64_t item = begin; item < end; ++item) {

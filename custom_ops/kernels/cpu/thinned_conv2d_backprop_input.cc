@@ -8,6 +8,10 @@
 // A tile owns rows of the input; the rows of out_backprop that reach it are computed for it alone,
 // and only for the kept rows whose taps reach it, so that tiles are independent and nothing is
 // computed twice.
+//
+// Without strides, input and output are numbered alike, row after row and image after image: a tap
+// is then one shift for all pixels, vectors are full whatever the image is, and what a shift
+// carries over the edge of an image is masked. With strides, rows are handled one by one.
 
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
@@ -16,11 +20,14 @@ namespace ks {
 namespace KS_ISA {
 namespace {
 
+// --- With strides --------------------------------------------------------------------------------
+
 constexpr int kMaxRows = kRegisters == 32 ? 8 : 4;  // Kept rows of a block.
 constexpr int kMaxVectors = kRegisters == 32 ? 3 : 2;
 constexpr int64_t kMaxPhases = 64;
 
 struct Parameters {
+  int64_t flat;       // 0: see FlatParameters.
   Grid grid;          // The input, seen from the output's pixels.
   Planes planes;      // Of the input's gradient: tile_rows padded rows of it, all its columns.
   Planes out_planes;  // Of out_backprop.
@@ -72,6 +79,457 @@ struct KeptRow {
   int64_t offset;   // In the planes of the input, tap_row left out.
 };
 
+// --- Without strides -----------------------------------------------------------------------------
+
+constexpr int kFlatVectors = kRegisters == 32 ? 4 : 2;
+constexpr int kFlatRows[] = {0, kRegisters == 32 ? 10 : 8, kRegisters == 32 ? 10 : 6, 8, 6};
+constexpr int kMostFlatRows = kRegisters == 32 ? 10 : 8;
+constexpr int64_t kFlatBytes = 640 * 1024;  // Of a tile: out_backprop and planes.
+constexpr int64_t kFlatPixels = 4 * kLanes * kFlatVectors;
+constexpr int64_t kSplitChannels = 16;
+
+typedef int32_t Mask __attribute__((vector_size(KS_VECTOR_BYTES)));
+
+struct FlatParameters {
+  int64_t flat;  // 1.
+  // Pixels of a one-tap convolution are rows of one column.
+  int64_t batch, in_height, in_width, out_height, out_width, out_image, in_image;
+  int64_t height, width;  // Of an image as it is numbered: the larger of input and output.
+  int64_t reach_height, reach_width;
+  int64_t images, tile_rows;  // Of a tile: several whole images, or rows of one.
+  int64_t groups, row_tiles;  // Tiles = groups of images x row tiles.
+  int64_t vectors;            // Of pixels of out_backprop in a tile.
+  int64_t margin, plane;      // Floats before the first pixel of a plane; from plane to plane.
+  int64_t splits;             // Parts of the input channels.
+  int64_t shared;             // 1: out_backprop is transposed once for all splits.
+};
+
+struct FlatRow {
+  int64_t filter;   // Floats from the start of the filter.
+  int64_t target;   // Floats from the first plane of the split, for the tile's first pixel.
+  int32_t tap_row;  // Padded rows.
+  int32_t mask;     // Which one.
+};
+
+// Adds products of kRows kept rows to planes. `d` is vector after vector, each [channels][kLanes].
+template <int kRows, int kVectors>
+void AddProducts(const float* d, int64_t channels, const float* const* filter, const float* next,
+                 const int32_t* const* masks, float* const* targets) {
+  const float* rows[kRows];
+  KS_UNROLL
+  for (int r = 0; r < kRows; ++r) rows[r] = filter[r];
+  Vec sums[kRows][kVectors] = {};
+  const int64_t size = channels * kLanes;
+  for (int64_t o = 0; o < channels; ++o) {
+    __builtin_prefetch(next + o * kRows);
+    Vec values[kVectors];
+    KS_UNROLL
+    for (int v = 0; v < kVectors; ++v) values[v] = Load(d + v * size);
+    d += kLanes;
+    KS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = Splat(rows[r][o]);
+      KS_UNROLL
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += weight * values[v];
+    }
+  }
+  // One after another: two rows may share a plane.
+  KS_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    KS_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float* const target = targets[r] + v * kLanes;
+      Mask mask;
+      memcpy(&mask, masks[r] + v * kLanes, sizeof(mask));
+      Store(target,
+            Load(target) + reinterpret_cast<Vec>(reinterpret_cast<Mask>(sums[r][v]) & mask));
+    }
+  }
+}
+
+typedef void (*AddFunction)(const float*, int64_t, const float* const*, const float*,
+                            const int32_t* const*, float* const*);
+struct AddFunctions {
+  AddFunction of[kFlatVectors + 1][kMostFlatRows + 1];
+};
+template <int kVectors, int kRows>
+struct FillAddFunctions {
+  static void Run(AddFunctions* functions) {
+    functions->of[kVectors][kRows] = AddProducts<kRows, kVectors>;
+    FillAddFunctions<kVectors, kRows - 1>::Run(functions);
+  }
+};
+template <int kVectors>
+struct FillAddFunctions<kVectors, 0> {
+  static void Run(AddFunctions*) {}
+};
+AddFunctions AllAddFunctions() {
+  AddFunctions functions;
+  FillAddFunctions<1, kFlatRows[1]>::Run(&functions);
+  FillAddFunctions<2, kFlatRows[2]>::Run(&functions);
+#if KS_VECTOR_BYTES == 64 || defined(__aarch64__)
+  FillAddFunctions<3, kFlatRows[3]>::Run(&functions);
+  FillAddFunctions<4, kFlatRows[4]>::Run(&functions);
+#endif
+  return functions;
+}
+
+struct FlatTile {
+  int64_t first_image, images;
+  int64_t first_row, rows;          // Of the input.
+  int64_t out_first_row, out_rows;  // Of out_backprop.
+};
+FlatTile FlatTileAt(const FlatParameters& parameters, const KsGeometry& geometry, int64_t i) {
+  FlatTile tile;
+  tile.first_image = i / parameters.row_tiles * parameters.images;
+  tile.images = Min(parameters.images, parameters.batch - tile.first_image);
+  tile.first_row = i % parameters.row_tiles * parameters.tile_rows;
+  tile.rows = Min(parameters.tile_rows, parameters.in_height - tile.first_row);
+  tile.out_first_row = 0;
+  tile.out_rows = parameters.out_height;
+  if (parameters.images == 1) {
+    tile.out_first_row = Min(parameters.out_height,
+                             Max(0, tile.first_row + geometry.pad_top - parameters.reach_height));
+    tile.out_rows = Max(tile.out_first_row,
+                        Min(parameters.out_height, tile.first_row + tile.rows + geometry.pad_top)) -
+                    tile.out_first_row;
+  }
+  return tile;
+}
+
+// Transposes vectors [begin, end) of the tile's pixels of out_backprop.
+void PackFlat(const KsArguments& arguments, const FlatParameters& parameters, const FlatTile& tile,
+              int64_t begin, int64_t end, const float* zeros, float* target) {
+  const int64_t channels = arguments.geometry.out_channels;
+  for (int64_t v = begin; v < end; ++v) {
+    const float* pixels[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int64_t at = v * kLanes + l;
+      const int64_t column = at % parameters.width;
+      int64_t row = at / parameters.width, image = 0;
+      if (parameters.images > 1) {
+        image = row / parameters.height;
+        row %= parameters.height;
+      }
+      pixels[l] = column < parameters.out_width && row < tile.out_rows && image < tile.images
+                      ? arguments.out_backprop +
+                            ((tile.first_image + image) * parameters.out_image +
+                             (tile.out_first_row + row) * parameters.out_width + column) *
+                                channels
+                      : zeros;
+    }
+    float* const vectors = target + v * channels * kLanes;
+    if (channels < kLanes) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int l = 0; l < kLanes; ++l) vectors[c * kLanes + l] = pixels[l][c];
+      }
+      continue;
+    }
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t first = Min(c, channels - kLanes);
+      Vec rows[kLanes];
+      KS_UNROLL
+      for (int l = 0; l < kLanes; ++l) rows[l] = Load(pixels[l] + first);
+      Transpose(rows);
+      KS_UNROLL
+      for (int l = 0; l < kLanes; ++l) Store(vectors + (first + l) * kLanes, rows[l]);
+    }
+  }
+}
+
+// Where the channels of a split begin.
+KS_INLINE int64_t SplitChannel(const KsGeometry& geometry, const FlatParameters& parameters,
+                               int64_t split) {
+  return Min(geometry.in_channels,
+             PartBegin(CeilDiv(geometry.in_channels, kSplitChannels), parameters.splits, split) *
+                 kSplitChannels);
+}
+
+struct FlatPrepared {
+  FlatRow* rows;    // Split after split, in the order of the taps.
+  int64_t* starts;  // [splits + 1].
+  int32_t* masks;   // [taps or columns of taps][vectors * kLanes]
+};
+int64_t FlatMasks(const KsGeometry& geometry, const FlatParameters& parameters) {
+  return parameters.images > 1 ? geometry.kernel_height * geometry.kernel_width
+                               : geometry.kernel_width;
+}
+FlatPrepared PlaceFlat(const KsArguments& arguments, const FlatParameters& parameters,
+                       const KsMemory& memory) {
+  Arena arena = {static_cast<char*>(memory.table)};
+  FlatPrepared place;
+  place.rows = arena.Take<FlatRow>(arguments.kept);
+  place.starts = arena.Take<int64_t>(parameters.splits + 1);
+  place.masks =
+      arena.Take<int32_t>(FlatMasks(arguments.geometry, parameters) * parameters.vectors * kLanes);
+  return place;
+}
+
+void PrepareFlat(const KsArguments& arguments, const FlatParameters& parameters,
+                 const FlatPrepared& prepared) {
+  const KsGeometry& geometry = arguments.geometry;
+  FlatRow* row = prepared.rows;
+  for (int64_t split = 0; split < parameters.splits; ++split) {
+    prepared.starts[split] = row - prepared.rows;
+    const int64_t first = SplitChannel(geometry, parameters, split);
+    const int64_t last = SplitChannel(geometry, parameters, split + 1);
+    for (int64_t k = 0; k < arguments.kept; ++k) {
+      const int64_t channel = arguments.indices[k] % geometry.in_channels;
+      if (channel < first || channel >= last) continue;
+      const int64_t tap = arguments.indices[k] / geometry.in_channels;
+      const int64_t i = tap / geometry.kernel_width, j = tap % geometry.kernel_width;
+      *row++ = {k * geometry.out_channels,
+                (channel - first) * parameters.plane + parameters.margin +
+                    (i * geometry.dilation_height - geometry.pad_top) * parameters.width +
+                    j * geometry.dilation_width - geometry.pad_left,
+                static_cast<int32_t>(i * geometry.dilation_height),
+                static_cast<int32_t>(parameters.images > 1 ? tap : j)};
+    }
+  }
+  prepared.starts[parameters.splits] = row - prepared.rows;
+  // Pixels beyond the output are zero: only what leaves the input needs a mask. Rows of a single
+  // image leave it for the margins.
+  for (int64_t m = 0; m < FlatMasks(geometry, parameters); ++m) {
+    const int64_t i = parameters.images > 1 ? m / geometry.kernel_width : 0;
+    const int64_t j = m % geometry.kernel_width;
+    int32_t* const mask = prepared.masks + m * parameters.vectors * kLanes;
+    for (int64_t at = 0; at < parameters.vectors * kLanes; ++at) {
+      const int64_t x = at % parameters.width + j * geometry.dilation_width - geometry.pad_left;
+      const int64_t y = at / parameters.width % parameters.height + i * geometry.dilation_height -
+                        geometry.pad_top;
+      const bool inside = x >= 0 && x < parameters.in_width &&
+                          (parameters.images == 1 || (y >= 0 && y < parameters.in_height));
+      mask[at] = inside ? -1 : 0;
+    }
+  }
+}
+
+void ComputeFlat(const KsArguments& arguments, const FlatParameters& parameters,
+                 const FlatPrepared& prepared, const AddFunctions& functions, const FlatTile& tile,
+                 int64_t split, const float* d, float* planes) {
+  const KsGeometry& geometry = arguments.geometry;
+  const int64_t out_channels = geometry.out_channels;
+  const int64_t first_channel = SplitChannel(geometry, parameters, split);
+  const int64_t channels = SplitChannel(geometry, parameters, split + 1) - first_channel;
+  memset(planes, 0, channels * parameters.plane * 4);
+  // Pixel 0 of out_backprop in the tile, as a pixel of the input in the tile.
+  const int64_t shift = (tile.out_first_row - tile.first_row) * parameters.width;
+  const int64_t all_vectors = CeilDiv(
+      (parameters.images > 1 ? tile.images * parameters.height : tile.out_rows) * parameters.width,
+      kLanes);
+  const FlatRow* const rows = prepared.rows + prepared.starts[split];
+  const int64_t count = prepared.starts[split + 1] - prepared.starts[split];
+  const int64_t widest = CeilDiv(all_vectors, Max(1, CeilDiv(all_vectors, kFlatVectors)));
+  const int64_t blocks = CeilDiv(count, kFlatRows[widest]);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const FlatRow* const block = rows + PartBegin(count, blocks, b);
+    const int64_t here = rows + PartBegin(count, blocks, b + 1) - block;
+    int64_t begin = 0, end = all_vectors;
+    if (parameters.images == 1) {
+      // The rows that one of the taps brings into the tile.
+      const int64_t first =
+          Max(0, tile.first_row + geometry.pad_top - block[here - 1].tap_row - tile.out_first_row);
+      const int64_t last = Min(tile.out_rows, tile.first_row + tile.rows + geometry.pad_top -
+                                                  block[0].tap_row - tile.out_first_row);
+      begin = first * parameters.width / kLanes;
+      end = CeilDiv(last * parameters.width, kLanes);
+      if (first >= last) continue;
+    }
+    const float* filter[kMostFlatRows];
+    const float* const next = arguments.filter + block[b + 1 < blocks ? here : here - 1].filter;
+    for (int64_t r = 0; r < here; ++r) filter[r] = arguments.filter + block[r].filter;
+    const int64_t pieces = CeilDiv(end - begin, widest);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t first = begin + PartBegin(end - begin, pieces, piece);
+      const int64_t vectors = begin + PartBegin(end - begin, pieces, piece + 1) - first;
+      const int32_t* masks[kMostFlatRows];
+      float* targets[kMostFlatRows];
+      for (int64_t r = 0; r < here; ++r) {
+        masks[r] = prepared.masks + (block[r].mask * parameters.vectors + first) * kLanes;
+        targets[r] = planes + block[r].target + shift + first * kLanes;
+      }
+      functions.of[vectors][here](d + first * out_channels * kLanes, out_channels, filter, next,
+                                  masks, targets);
+    }
+  }
+
+  // The planes back to NHWC: all pixels at once where they follow each other.
+  const bool whole_rows = parameters.width == parameters.in_width;
+  const bool whole = whole_rows && (tile.images == 1 || parameters.height == parameters.in_height);
+  const int64_t runs = whole ? 1 : tile.images * (whole_rows ? 1 : tile.rows);
+  const int64_t run_pixels = tile.images * tile.rows * parameters.in_width / runs;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t channel = channels >= kLanes ? Min(c, channels - kLanes) : 0;
+    for (int64_t run = 0; run < runs; ++run) {
+      const int64_t image = whole ? 0 : whole_rows ? run : run / tile.rows;
+      const int64_t row = whole || whole_rows ? 0 : run % tile.rows;
+      UnpackRun(planes + channel * parameters.plane + parameters.margin +
+                    (image * parameters.height + row) * parameters.width,
+                parameters.plane, run_pixels, Min(kLanes, channels),
+                arguments.output +
+                    ((tile.first_image + image) * parameters.in_image +
+                     (tile.first_row + row) * parameters.in_width) *
+                        geometry.in_channels +
+                    first_channel + channel,
+                geometry.in_channels);
+    }
+  }
+}
+
+int FlatPlan(const KsArguments* arguments, KsPlan* plan) {
+  const KsGeometry& geometry = arguments->geometry;
+  if (geometry.stride_height != 1 || geometry.stride_width != 1 || geometry.pad_top < 0 ||
+      geometry.pad_left < 0 || geometry.in_channels == 0 || geometry.batch == 0) {
+    return 0;
+  }
+  FlatParameters parameters = {};
+  parameters.flat = 1;
+  parameters.batch = geometry.batch;
+  parameters.in_height = geometry.in_height;
+  parameters.in_width = geometry.in_width;
+  parameters.out_height = geometry.out_height;
+  parameters.out_width = geometry.out_width;
+  if (IsPointwise(geometry)) {
+    parameters.in_height = parameters.out_height =
+        geometry.batch * geometry.in_height * geometry.in_width;
+    parameters.batch = parameters.in_width = parameters.out_width = 1;
+  }
+  parameters.in_image = parameters.in_height * parameters.in_width;
+  parameters.out_image = parameters.out_height * parameters.out_width;
+  parameters.height = Max(parameters.in_height, parameters.out_height);
+  parameters.width = Max(parameters.in_width, parameters.out_width);
+  parameters.reach_height = (geometry.kernel_height - 1) * geometry.dilation_height;
+  parameters.reach_width = (geometry.kernel_width - 1) * geometry.dilation_width;
+  const double channels =
+      static_cast<double>(geometry.in_channels) + static_cast<double>(geometry.out_channels);
+  const double least =
+      4.0 * channels * (2.0 * static_cast<double>(parameters.reach_height) + 2) *
+          (static_cast<double>(parameters.width) + static_cast<double>(parameters.reach_width)) +
+      4.0 * channels * 8 * kLanes;
+  if (least > static_cast<double>(kScratchLimit) / 4) return 0;
+
+  // Pixels of a tile: enough to use a row of the filter often, and then as its memory wants it.
+  const int64_t wanted =
+      Max(kFlatPixels / 2, kFlatBytes / (4 * (geometry.in_channels + geometry.out_channels)));
+  const int64_t image_pixels = parameters.height * parameters.width;
+  parameters.images = 1;
+  parameters.tile_rows = parameters.in_height;
+  if (image_pixels > wanted) {
+    const int64_t rows = Max(1, wanted / parameters.width);
+    parameters.tile_rows = CeilDiv(parameters.in_height, CeilDiv(parameters.in_height, rows));
+  } else {
+    // The number of images that fills its vectors best, and then enough tiles for many threads.
+    const int64_t most =
+        Max(1, Min(Min(parameters.batch, wanted / image_pixels),
+                   Max(CeilDiv(kFlatPixels, image_pixels), parameters.batch / kWantedItems)));
+    double best = 0;
+    for (int64_t images = 1; images <= most; ++images) {
+      const int64_t pixels = images * image_pixels;
+      const double full = static_cast<double>(pixels) / RoundUp(pixels, kLanes) *
+                          Min(pixels, kFlatPixels / 2) / (kFlatPixels / 2);
+      if (full < best) continue;
+      best = full;
+      parameters.images = images;
+    }
+  }
+  parameters.row_tiles = CeilDiv(parameters.in_height, parameters.tile_rows);
+  parameters.groups = CeilDiv(parameters.batch, parameters.images);
+  const int64_t out_pixels =
+      (parameters.images > 1
+           ? parameters.images * parameters.height
+           : Min(parameters.out_height, parameters.tile_rows + parameters.reach_height)) *
+      parameters.width;
+  const int64_t in_pixels =
+      (parameters.images > 1 ? parameters.images * parameters.height : parameters.tile_rows) *
+      parameters.width;
+  parameters.vectors = CeilDiv(out_pixels, kLanes);
+  parameters.margin = RoundUp(
+      Max(parameters.reach_height, geometry.pad_top) * parameters.width + geometry.pad_left, 16);
+  parameters.plane = (CeilDiv(parameters.margin + kLanes +
+                                  Max(in_pixels, parameters.vectors * kLanes +
+                                                     parameters.reach_height * parameters.width +
+                                                     parameters.reach_width),
+                              16) |
+                      1) *
+                     16;
+  const int64_t num_tiles = parameters.groups * parameters.row_tiles;
+  parameters.splits = 1;
+  if (num_tiles < kWantedItems / 2) {
+    parameters.splits =
+        Min(CeilDiv(kWantedItems, num_tiles), CeilDiv(geometry.in_channels, kSplitChannels));
+  }
+  parameters.shared = parameters.splits > 1;
+
+  const int64_t packed_bytes = PieceBytes(parameters.vectors * kLanes * geometry.out_channels, 4);
+  const int64_t planes_bytes =
+      PieceBytes(Min(geometry.in_channels,
+                     CeilDiv(CeilDiv(geometry.in_channels, kSplitChannels), parameters.splits) *
+                         kSplitChannels) *
+                     parameters.plane,
+                 4);
+  const int64_t zeros_bytes = PieceBytes(geometry.out_channels, 4);
+  if (planes_bytes + packed_bytes > kScratchLimit) return 0;
+  KsStage* stage = plan->stages;
+  stage->items = 1;
+  stage->cost = 100 + arguments->kept * (8 + 2 * parameters.splits) +
+                FlatMasks(geometry, parameters) * parameters.vectors * kLanes * 4;
+  stage->prepares = KS_PREPARES_TABLE;
+  ++stage;
+  stage->items = parameters.shared ? num_tiles * parameters.vectors : 0;
+  stage->cost = 100 + geometry.out_channels * 4;
+  ++stage;
+  stage->items = num_tiles * parameters.splits;
+  stage->cost =
+      100 +
+      static_cast<int64_t>(
+          static_cast<double>(parameters.vectors) / static_cast<double>(parameters.splits) *
+          (static_cast<double>(arguments->kept) * geometry.out_channels / 1.8 + channels * 4));
+  plan->num_stages = 3;
+  plan->table_bytes = PieceBytes(arguments->kept, sizeof(FlatRow)) +
+                      PieceBytes(parameters.splits + 1, 8) +
+                      PieceBytes(FlatMasks(geometry, parameters) * parameters.vectors * kLanes, 4);
+  plan->shared_bytes = parameters.shared ? num_tiles * packed_bytes : 0;
+  plan->scratch_bytes = zeros_bytes + planes_bytes + (parameters.shared ? 0 : packed_bytes);
+  SaveParameters(parameters, plan);
+  return 1;
+}
+
+void FlatRun(const KsArguments& arguments, const FlatParameters& parameters, int32_t stage,
+             int64_t begin, int64_t end, const KsMemory& memory) {
+  const KsGeometry& geometry = arguments.geometry;
+  const FlatPrepared prepared = PlaceFlat(arguments, parameters, memory);
+  if (stage == 0) {
+    PrepareFlat(arguments, parameters, prepared);
+    return;
+  }
+  const int64_t packed_size = parameters.vectors * kLanes * geometry.out_channels;
+  const int64_t packed_stride = PieceBytes(packed_size, 4) / 4;
+  Arena arena = {static_cast<char*>(memory.scratch)};
+  float* const zeros = arena.Take<float>(geometry.out_channels);
+  float* const own = arena.Take<float>(parameters.shared ? 0 : packed_size);
+  float* const planes = reinterpret_cast<float*>(arena.at);
+  float* const shared = static_cast<float*>(memory.shared);
+  if (geometry.out_channels > 0) memset(zeros, 0, geometry.out_channels * 4);
+  if (stage == 1) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = item / parameters.vectors, vector = item % parameters.vectors;
+      PackFlat(arguments, parameters, FlatTileAt(parameters, geometry, i), vector, vector + 1,
+               zeros, shared + i * packed_stride);
+    }
+    return;
+  }
+  const AddFunctions functions = AllAddFunctions();
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t i = item / parameters.splits, split = item % parameters.splits;
+    const FlatTile tile = FlatTileAt(parameters, geometry, i);
+    if (!parameters.shared) {
+      PackFlat(arguments, parameters, tile, 0, parameters.vectors, zeros, own);
+    }
+    ComputeFlat(arguments, parameters, prepared, functions, tile, split,
+                parameters.shared ? shared + i * packed_stride : own, planes);
+  }
+}
+
 }  // namespace
 
 int ThinnedConv2DBackpropInputPlan(const KsArguments* arguments, KsPlan* plan) {
@@ -81,6 +539,7 @@ int ThinnedConv2DBackpropInputPlan(const KsArguments* arguments, KsPlan* plan) {
       geometry.out_height == 0 || geometry.out_width == 0) {
     return 0;
   }
+  if (FlatPlan(arguments, plan)) return 1;
   Parameters parameters = {};
   parameters.grid = ForwardGrid(geometry);
   if (IsPointwise(geometry)) MakePointwise(&parameters.grid);
@@ -129,6 +588,11 @@ int ThinnedConv2DBackpropInputPlan(const KsArguments* arguments, KsPlan* plan) {
 
 void ThinnedConv2DBackpropInputRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
                                    int64_t begin, int64_t end, const KsMemory* memory) {
+  const FlatParameters flat = LoadParameters<FlatParameters>(plan);
+  if (flat.flat) {
+    FlatRun(*arguments, flat, stage, begin, end, *memory);
+    return;
+  }
   const Parameters parameters = LoadParameters<Parameters>(plan);
   const KsGeometry& geometry = arguments->geometry;
   const Grid& grid = parameters.grid;
