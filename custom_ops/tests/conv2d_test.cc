@@ -399,7 +399,8 @@ TEST(Routines, ThinnedTiles) {
     cases.push_back({batch, 12, 12, 130, 32, 1, 1});
   }
   cases.push_back(Same({1, 3, 6000, 8, 7, 3, 3}));
-  cases.push_back(Same({2, 256, 256, 3, 16, 3, 3}));  // A result stored past the caches.
+  cases.push_back(Same({2, 256, 256, 3, 16, 3, 3}));  // Results stored past the caches.
+  cases.push_back(Same({5, 30, 57, 272, 3, 1, 3, 1, 1, 1, 1, 0, 0, 0, 0, 0.05}));
   // Taps in the padding alone, and more kinds of rows and columns than classes are made for.
   cases.push_back({2, 3, 4, 20, 18, 3, 5, 4, 3, 1, 1, 5, 6, 5, 9});
   cases.push_back(Same({3, 14, 12, 18, 16, 13, 11}));

@@ -87,6 +87,7 @@ constexpr int kMostFlatRows = kRegisters == 32 ? 10 : 8;
 constexpr int64_t kFlatBytes = 640 * 1024;  // Of a tile: out_backprop and planes.
 constexpr int64_t kFlatPixels = 4 * kLanes * kFlatVectors;
 constexpr int64_t kSplitChannels = 16;
+constexpr double kStreamFrom = 8e6;  // Bytes of a result too large for the caches.
 
 typedef int32_t Mask __attribute__((vector_size(KS_VECTOR_BYTES)));
 
@@ -229,7 +230,10 @@ void PackFlat(const KsArguments& arguments, const FlatParameters& parameters, co
       const int64_t first = Min(c, channels - kLanes);
       Vec rows[kLanes];
       KS_UNROLL
-      for (int l = 0; l < kLanes; ++l) rows[l] = Load(pixels[l] + first);
+      for (int l = 0; l < kLanes; ++l) {
+        rows[l] = Load(pixels[l] + first);
+        __builtin_prefetch(pixels[l] + first + kLanes * channels);
+      }
       Transpose(rows);
       KS_UNROLL
       for (int l = 0; l < kLanes; ++l) Store(vectors + (first + l) * kLanes, rows[l]);
@@ -249,6 +253,7 @@ struct FlatPrepared {
   FlatRow* rows;    // Split after split, in the order of the taps.
   int64_t* starts;  // [splits + 1].
   int32_t* masks;   // [taps or columns of taps][vectors * kLanes]
+  uint8_t* used;    // Whether a group of kLanes input channels has kept rows.
 };
 int64_t FlatMasks(const KsGeometry& geometry, const FlatParameters& parameters) {
   return parameters.images > 1 ? geometry.kernel_height * geometry.kernel_width
@@ -262,12 +267,14 @@ FlatPrepared PlaceFlat(const KsArguments& arguments, const FlatParameters& param
   place.starts = arena.Take<int64_t>(parameters.splits + 1);
   place.masks =
       arena.Take<int32_t>(FlatMasks(arguments.geometry, parameters) * parameters.vectors * kLanes);
+  place.used = arena.Take<uint8_t>(CeilDiv(arguments.geometry.in_channels, kLanes));
   return place;
 }
 
 void PrepareFlat(const KsArguments& arguments, const FlatParameters& parameters,
                  const FlatPrepared& prepared) {
   const KsGeometry& geometry = arguments.geometry;
+  memset(prepared.used, 0, CeilDiv(geometry.in_channels, kLanes));
   FlatRow* row = prepared.rows;
   for (int64_t split = 0; split < parameters.splits; ++split) {
     prepared.starts[split] = row - prepared.rows;
@@ -276,6 +283,7 @@ void PrepareFlat(const KsArguments& arguments, const FlatParameters& parameters,
     for (int64_t k = 0; k < arguments.kept; ++k) {
       const int64_t channel = arguments.indices[k] % geometry.in_channels;
       if (channel < first || channel >= last) continue;
+      prepared.used[channel / kLanes] = 1;
       const int64_t tap = arguments.indices[k] / geometry.in_channels;
       const int64_t i = tap / geometry.kernel_width, j = tap % geometry.kernel_width;
       *row++ = {k * geometry.out_channels,
@@ -304,14 +312,74 @@ void PrepareFlat(const KsArguments& arguments, const FlatParameters& parameters,
   }
 }
 
+// Transposes kLanes channels of kLanes pixels; zeros when no kept row uses them.
+KS_INLINE void UnpackBlock(const float* planes, int64_t plane, bool used, float* target,
+                           int64_t stride) {
+  if (!used) {
+    KS_UNROLL
+    for (int l = 0; l < kLanes; ++l) Store(target + l * stride, Vec{});
+    return;
+  }
+  Vec rows[kLanes];
+  KS_UNROLL
+  for (int l = 0; l < kLanes; ++l) rows[l] = Load(planes + l * plane);
+  Transpose(rows);
+  KS_UNROLL
+  for (int l = 0; l < kLanes; ++l) Store(target + l * stride, rows[l]);
+}
+
+// Moves rows of planes to `count` pixels, whole pixels at a time. `used` tells which groups of
+// kLanes channels have kept rows.
+void UnpackFlat(const float* planes, int64_t plane, int64_t count, int64_t channels,
+                const uint8_t* used, bool stream, float* pixels, int64_t pixel_stride) {
+  // Stores past the caches are fast when they follow each other in memory.
+  constexpr int64_t kGroups = 256 / kLanes;
+  float lines[kLanes * kGroups * kLanes];
+  for (int64_t p = 0; p < count; p += kLanes) {
+    const int64_t here = Min(kLanes, count - p);
+    const bool direct = here == kLanes && !stream;
+    for (int64_t first = 0; first < channels; first += kGroups * kLanes) {
+      const int64_t last = Min(channels, first + kGroups * kLanes);
+      for (int64_t c = first; c < last; c += kLanes) {
+        const int64_t channel = Min(c, channels - kLanes);
+        const bool any = used[c / kLanes] || channel < c;
+        if (direct) {
+          UnpackBlock(planes + channel * plane + p, plane, any, pixels + p * pixel_stride + channel,
+                      pixel_stride);
+        } else {
+          UnpackBlock(planes + channel * plane + p, plane, any, lines + c - first,
+                      kGroups * kLanes);
+        }
+      }
+      if (direct) continue;
+      for (int64_t l = 0; l < here; ++l) {
+        float* const target = pixels + (p + l) * pixel_stride;
+        for (int64_t c = first; c < last; c += kLanes) {
+          const Vec line = Load(lines + l * kGroups * kLanes + c - first);
+          if (stream) {
+            Stream(target + c, line);
+          } else {
+            Store(target + Min(c, channels - kLanes), line);
+          }
+        }
+      }
+    }
+  }
+}
+
 void ComputeFlat(const KsArguments& arguments, const FlatParameters& parameters,
                  const FlatPrepared& prepared, const AddFunctions& functions, const FlatTile& tile,
-                 int64_t split, const float* d, float* planes) {
+                 int64_t split, const float* d, bool stream, float* planes) {
   const KsGeometry& geometry = arguments.geometry;
   const int64_t out_channels = geometry.out_channels;
   const int64_t first_channel = SplitChannel(geometry, parameters, split);
   const int64_t channels = SplitChannel(geometry, parameters, split + 1) - first_channel;
-  memset(planes, 0, channels * parameters.plane * 4);
+  const uint8_t* const used = prepared.used + first_channel / kLanes;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    // The last group is cut together with some of the one before.
+    if (!used[c / kLanes] && c + 2 * kLanes <= channels) continue;
+    memset(planes + c * parameters.plane, 0, Min(kLanes, channels - c) * parameters.plane * 4);
+  }
   // Pixel 0 of out_backprop in the tile, as a pixel of the input in the tile.
   const int64_t shift = (tile.out_first_row - tile.first_row) * parameters.width;
   const int64_t all_vectors = CeilDiv(
@@ -358,20 +426,21 @@ void ComputeFlat(const KsArguments& arguments, const FlatParameters& parameters,
   const bool whole = whole_rows && (tile.images == 1 || parameters.height == parameters.in_height);
   const int64_t runs = whole ? 1 : tile.images * (whole_rows ? 1 : tile.rows);
   const int64_t run_pixels = tile.images * tile.rows * parameters.in_width / runs;
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t channel = channels >= kLanes ? Min(c, channels - kLanes) : 0;
-    for (int64_t run = 0; run < runs; ++run) {
-      const int64_t image = whole ? 0 : whole_rows ? run : run / tile.rows;
-      const int64_t row = whole || whole_rows ? 0 : run % tile.rows;
-      UnpackRun(planes + channel * parameters.plane + parameters.margin +
-                    (image * parameters.height + row) * parameters.width,
-                parameters.plane, run_pixels, Min(kLanes, channels),
-                arguments.output +
-                    ((tile.first_image + image) * parameters.in_image +
-                     (tile.first_row + row) * parameters.in_width) *
-                        geometry.in_channels +
-                    first_channel + channel,
-                geometry.in_channels);
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t image = whole ? 0 : whole_rows ? run : run / tile.rows;
+    const int64_t row = whole || whole_rows ? 0 : run % tile.rows;
+    const float* const source =
+        planes + parameters.margin + (image * parameters.height + row) * parameters.width;
+    float* const target = arguments.output +
+                          ((tile.first_image + image) * parameters.in_image +
+                           (tile.first_row + row) * parameters.in_width) *
+                              geometry.in_channels +
+                          first_channel;
+    if (channels < kLanes) {
+      UnpackRun(source, parameters.plane, run_pixels, channels, target, geometry.in_channels);
+    } else {
+      UnpackFlat(source, parameters.plane, run_pixels, channels, used, stream, target,
+                 geometry.in_channels);
     }
   }
 }
@@ -487,7 +556,8 @@ int FlatPlan(const KsArguments* arguments, KsPlan* plan) {
   plan->num_stages = 3;
   plan->table_bytes = PieceBytes(arguments->kept, sizeof(FlatRow)) +
                       PieceBytes(parameters.splits + 1, 8) +
-                      PieceBytes(FlatMasks(geometry, parameters) * parameters.vectors * kLanes, 4);
+                      PieceBytes(FlatMasks(geometry, parameters) * parameters.vectors * kLanes, 4) +
+                      PieceBytes(CeilDiv(geometry.in_channels, kLanes), 1);
   plan->shared_bytes = parameters.shared ? num_tiles * packed_bytes : 0;
   plan->scratch_bytes = zeros_bytes + planes_bytes + (parameters.shared ? 0 : packed_bytes);
   SaveParameters(parameters, plan);
@@ -519,6 +589,10 @@ void FlatRun(const KsArguments& arguments, const FlatParameters& parameters, int
     return;
   }
   const AddFunctions functions = AllAddFunctions();
+  const double result =
+      4.0 * static_cast<double>(parameters.batch) * parameters.in_image * geometry.in_channels;
+  const bool stream = result >= kStreamFrom && geometry.in_channels % kLanes == 0 &&
+                      reinterpret_cast<uintptr_t>(arguments.output) % sizeof(Vec) == 0;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t i = item / parameters.splits, split = item % parameters.splits;
     const FlatTile tile = FlatTileAt(parameters, geometry, i);
@@ -526,8 +600,9 @@ void FlatRun(const KsArguments& arguments, const FlatParameters& parameters, int
       PackFlat(arguments, parameters, tile, 0, parameters.vectors, zeros, own);
     }
     ComputeFlat(arguments, parameters, prepared, functions, tile, split,
-                parameters.shared ? shared + i * packed_stride : own, planes);
+                parameters.shared ? shared + i * packed_stride : own, stream, planes);
   }
+  if (stream) StreamEnd();
 }
 
 }  // namespace
