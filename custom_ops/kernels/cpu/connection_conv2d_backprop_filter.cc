@@ -80,9 +80,10 @@ struct Parameters {
 
 // --- Dot products --------------------------------------------------------------------------------
 
-// sums[p] = products of x[p] and d to be summed over lanes, for kCount values of p.
+// results[p] = dot product of x[p] and d for kCount values of p, or adds it to what is there.
 template <int kCount>
-void DotAny(const Region& region, const float* const* x, const float* d, Vec* sums) {
+void DotAny(const Region& region, const float* const* x, const float* d, bool accumulate,
+            float* results) {
   // Positions take turns in the sets of sums, which hides the latency of adding.
   constexpr int kSets = kCount >= 5 ? 1 : kCount >= 3 ? 2 : 4;
   Vec all[kSets][kCount] = {};
@@ -112,18 +113,17 @@ void DotAny(const Region& region, const float* const* x, const float* d, Vec* su
     }
   }
   KS_UNROLL
-  for (int p = 0; p < kCount; ++p) {
-    Vec sum = all[0][p];
+  for (int s = 1; s < kSets; ++s) {
     KS_UNROLL
-    for (int s = 1; s < kSets; ++s) sum += all[s][p];
-    sums[p] = sum;
+    for (int p = 0; p < kCount; ++p) all[0][p] += all[s][p];
   }
+  StoreSums<kCount>(all[0], accumulate, results);
 }
 
 // The same for a row of pixels and input planes next to each other: x[channels[p] * x_size].
 template <int kCount>
 void DotPixels(const Region& region, const float* x, const int32_t* channels, const float* d,
-               Vec* sums) {
+               bool accumulate, float* results) {
   constexpr int kSets = kCount >= 5 ? 1 : kCount >= 3 ? 2 : 4;
   Vec all[kSets][kCount] = {};
   const float* base[kCount];
@@ -145,16 +145,16 @@ void DotPixels(const Region& region, const float* x, const int32_t* channels, co
     for (int p = 0; p < kCount; ++p) all[0][p] += here * Load(base[p] + at);
   }
   KS_UNROLL
-  for (int p = 0; p < kCount; ++p) {
-    Vec sum = all[0][p];
+  for (int s = 1; s < kSets; ++s) {
     KS_UNROLL
-    for (int s = 1; s < kSets; ++s) sum += all[s][p];
-    sums[p] = sum;
+    for (int p = 0; p < kCount; ++p) all[0][p] += all[s][p];
   }
+  StoreSums<kCount>(all[0], accumulate, results);
 }
 
-typedef void (*PixelsFunction)(const Region&, const float*, const int32_t*, const float*, Vec*);
-typedef void (*DotFunction)(const Region&, const float* const*, const float*, Vec*);
+typedef void (*PixelsFunction)(const Region&, const float*, const int32_t*, const float*, bool,
+                               float*);
+typedef void (*DotFunction)(const Region&, const float* const*, const float*, bool, float*);
 template <int kCount>
 struct FillDotFunctions {
   static void Run(DotFunction* functions, PixelsFunction* pixels) {
@@ -612,7 +612,7 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
                       StartsBytes(parameters, geometry.out_channels) +
                       MasksBytes(parameters, geometry.out_channels);
   plan->shared_bytes = PartsBytes(parameters.parts);
-  plan->scratch_bytes = PieceBytes(static_cast<int64_t>(taps), 8) + PieceBytes(sizeof(LaneSums), 1);
+  plan->scratch_bytes = PieceBytes(static_cast<int64_t>(taps), 8);
   (parameters.shared_planes ? plan->shared_bytes : plan->scratch_bytes) += x_bytes + d_bytes;
   SaveParameters(parameters, plan);
   return 1;
@@ -728,8 +728,8 @@ struct Work {
   Region region;
   int64_t taps;
   int64_t* offsets;  // Of the taps, in a plane.
-  LaneSums* sums;
-  float* results;  // Of all connections.
+  bool accumulate;   // Whether to add to the results.
+  float* results;    // Of all connections.
   WindowFunction window;
   DotFunction dot[kMaxProducts + 1];
   PixelsFunction pixels[kMaxProducts + 1];
@@ -759,7 +759,7 @@ void AddProducts(const Work& work, int64_t block, const float* x, int64_t out_be
       for (int64_t left = last - first; left > 0;) {
         const int64_t count = Together(left);
         work.pixels[count](work.region, origin, arguments.input_channels + last - left, d,
-                           work.sums->Push(results, count));
+                           work.accumulate, results);
         results += count;
         left -= count;
       }
@@ -778,7 +778,7 @@ void AddProducts(const Work& work, int64_t block, const float* x, int64_t out_be
           plane = x + (arguments.input_channels[c] - channel_begin) * parameters.x_size;
         }
       }
-      work.dot[count](work.region, at, d, work.sums->Push(results, count));
+      work.dot[count](work.region, at, d, work.accumulate, results);
       results += count;
       left -= count;
     }
@@ -787,8 +787,9 @@ void AddProducts(const Work& work, int64_t block, const float* x, int64_t out_be
 
 // The same by outer products.
 void AddBlock(const Work& work, int64_t block, int64_t pixels, const float* x, int64_t out_begin,
-              int64_t out_end, const float* d, bool accumulate) {
+              int64_t out_end, const float* d) {
   const KsArguments& arguments = work.arguments;
+  const bool accumulate = work.accumulate;
   const int64_t out_channels = arguments.geometry.out_channels;
   const int32_t* starts = work.starts + block * out_channels;
   for (int64_t o = out_begin; o < out_end; o += kBlockOutputs) {
@@ -824,7 +825,7 @@ void AddBlock(const Work& work, int64_t block, int64_t pixels, const float* x, i
 void AddWindows(const Work& work, int64_t split, int64_t block, const float* x, const float* d) {
   const int32_t* starts = work.starts + split * work.parameters.blocks + block;
   work.window(work.region, x, d, work.connections + starts[0], work.connections + starts[1],
-              work.sums->accumulate, work.results);
+              work.accumulate, work.results);
 }
 
 }  // namespace
@@ -918,7 +919,7 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
   const int64_t x_columns = parameters.x_columns;
   Arena arena = {static_cast<char*>(memory->scratch)};
   Work work = {*arguments, parameters, connections, starts,  masks, {}, taps,
-               nullptr,    nullptr,    nullptr,     nullptr, {},    {}};
+               nullptr,    false,      nullptr,     nullptr, {},    {}};
   work.region = {regions.rows,
                  regions.columns,
                  grid.step_height * x_columns * kLanes,
@@ -927,7 +928,6 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
                  view.kernel_height,
                  parameters.x_size};
   work.offsets = arena.Take<int64_t>(taps);
-  work.sums = arena.Take<LaneSums>(1);
   for (int64_t t = 0; t < taps; ++t) {
     work.offsets[t] = t / view.kernel_width * work.region.tap_row +
                       t % view.kernel_width * view.dilation_width * kLanes;
@@ -949,7 +949,7 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
     const int64_t first = PartBegin(parameters.groups, parameters.parts.count, part);
     const int64_t last = PartBegin(parameters.groups, parameters.parts.count, part + 1);
     for (int64_t group = first; group < last; ++group) {
-      work.sums->Start(group > first);
+      work.accumulate = group > first;
       const float* d = d_planes + group * d_group + out_begin * parameters.d_size;
       if (!parameters.shared_planes) {
         Pack(parameters, d_source, false, group, out_begin, out_end, d_planes);
@@ -965,14 +965,13 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
         }
         if (parameters.outer) {
           AddBlock(work, block, OuterPixels(parameters, grid.columns, group), x, out_begin, out_end,
-                   d, group > first);
+                   d);
         } else if (work.window != nullptr) {
           AddWindows(work, split, block, x, d);
         } else {
           AddProducts(work, block, x, out_begin, out_end, d);
         }
       }
-      work.sums->Finish();
     }
   }
 }
