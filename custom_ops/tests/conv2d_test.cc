@@ -161,7 +161,8 @@ class Problem {
     KsMemory memory = {Allocate(plan.table_bytes), Allocate(plan.filter_bytes), nullptr, nullptr};
     const std::vector<float> first = RunStages(routine, plan, range, true, arguments, &memory);
     *result = RunStages(routine, plan, range, false, arguments, &memory);
-    EXPECT_EQ(memcmp(first.data(), result->data(), first.size() * 4), 0) << routine->name;
+    EXPECT_TRUE(first.empty() || memcmp(first.data(), result->data(), first.size() * 4) == 0)
+        << routine->name;
     CheckAndFree(memory.table, plan.table_bytes);
     CheckAndFree(memory.filter, plan.filter_bytes);
     return true;
