@@ -53,8 +53,8 @@ struct Sums {
   const Epilogue* epilogue = nullptr;
 };
 
-// The one place where finished sums of a block go to memory: to `outs`, whose distance from sums.out
-// is that of its residual.
+// The one place where finished sums of a block go to memory: to `outs`, whose distance from
+// sums.out is that of its residual.
 template <int kCount, int kVectors>
 KS_INLINE void StoreSums(const Sums& sums, float* const* outs, Vec (&block)[kCount][kVectors]) {
   // Adding at the end, rather than starting from what was there, keeps long sums more accurate.

@@ -24,6 +24,7 @@ constexpr int64_t kChunkBytes = 96 * 1024;  // Of a panel of W'.
 constexpr int64_t kRowsOfItem = 64;         // Kept rows packed at a time.
 constexpr int64_t kLineChannels = 16;
 constexpr int64_t kMostSpans = 9;            // Of an axis.
+constexpr int64_t kMostPositions = 4096;     // Of an axis: more are not worth looking at each.
 constexpr int64_t kMostTermBytes = 8 << 20;  // Of all classes.
 constexpr double kStreamFrom = 8e6;          // Bytes of a result too large for the caches.
 
@@ -70,6 +71,7 @@ int64_t MakeSpans(const Axis& axis, bool split, Span* spans) {
     spans[0] = {0, axis.size, 0, axis.taps};
     return 1;
   }
+  if (axis.size > kMostPositions) return 0;
   int64_t count = 0;
   for (int64_t at = 0; at < axis.size; ++at) {
     Span span = {at, at + 1, 0, 0};
@@ -268,8 +270,7 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
             Epilogue epilogue = MakeEpilogue(arguments);
             if (epilogue.bias != nullptr) epilogue.bias += panel.first_vector * kLanes;
             if (epilogue.residual != nullptr) epilogue.residual += sums.out - arguments.output;
-            sums.epilogue =
-                epilogue.used && chunk == parameters.chunks - 1 ? &epilogue : nullptr;
+            sums.epilogue = epilogue.used && chunk == parameters.chunks - 1 ? &epilogue : nullptr;
             const int64_t x_row = (y - tile.first_row) * geometry.stride_height - pad_top +
                                   rows.tap_begin * geometry.dilation_height;
             const int64_t x_column = columns.begin * geometry.stride_width - pad_left +
