@@ -13,6 +13,7 @@ kernel_width, stride, dilation, padding.
 
 import argparse
 import csv
+import gc
 import itertools
 import json
 import math
@@ -227,8 +228,10 @@ def run_cells(args):
         functions, shapes = cell.functions(args.which)
         # Small cells are repeated within the graph until a call's own cost vanishes beside the sparse op, the shorter
         # one; large cells need no more than 2.
-        unroll = int(min(128, max(2, 2e9 // max(cell.flops, 1))))
+        # TensorFlow keeps copies of a constant filter for each of its ops.
+        unroll = int(min(48, max(2, min(2e9 // max(cell.flops, 1), 3e8 // cell.kernel.nbytes))))
         seconds = timing.alternate(functions, shapes, unroll=unroll, repeats=args.repeats, budget=args.budget)
+        gc.collect()  # graphs, and the filters they hold, lie in reference cycles
         dense = min(seconds["dense_constant"], seconds["dense_argument"])
         rate = cell.flops * (1 if args.which == "forward" else 2) / seconds["sparse"] / 1e9
         record = {
