@@ -1,25 +1,11 @@
-"""What the benchmarks share: the machine's description, result files, and turns between engines."""
+"""What the benchmarks share: result files, and turns between engines."""
 
-import json
 import math
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
-
-
-def machine():
-    """Describe the machine, as far as it tells."""
-    processor, flags = platform.processor(), []
-    if os.path.exists("/proc/cpuinfo"):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-        all_flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-        flags = [flag for flag in ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni") if flag in all_flags]
-    return {"processor": processor, "flags": flags, "cores": os.cpu_count(), "system": platform.platform()}
 
 
 def busy_cores(seconds=0.5):
@@ -40,12 +26,12 @@ def busy_cores(seconds=0.5):
 
 def write_result(path, result):
     """Write a result as JSON, whole or not at all, with the machine and the command in front."""
-    import tensorflow as tf
+    import tensorflow as tf  # here: the choice of threads comes before it
 
-    result = {"machine": machine(), "tensorflow": tf.__version__, "command": sys.argv, **result}
-    staging = f"{path}.partial"
-    pathlib.Path(staging).write_text(json.dumps(result, indent=1))
-    os.replace(staging, path)
+    from keras_sparse import files
+    from keras_sparse.engine import machine
+
+    files.write_json(path, {"machine": machine.describe(), "tensorflow": tf.__version__, "command": sys.argv, **result})
 
 
 def geometric_mean(values):

@@ -11,16 +11,14 @@ machine disturb less.
 """
 
 import argparse
-import json
 import math
 import os
-import pathlib
-import platform
 import statistics
-import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import common
 
 
 def network(args, execution):
@@ -142,18 +140,6 @@ def run(args):
     return records
 
 
-def machine():
-    """Describe the machine, as far as it tells."""
-    processor, flags = platform.processor(), []
-    if os.path.exists("/proc/cpuinfo"):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-        all_flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-        flags = [flag for flag in ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni") if flag in all_flags]
-    return {"processor": processor, "flags": flags, "cores": os.cpu_count(), "system": platform.platform()}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--density", type=float, nargs="+", default=[1.0, 0.5, 0.3, 0.1, 0.05])
@@ -175,12 +161,7 @@ def main():
         parser.error("--batch, --threads and --filters must be at least 1")
     records = run(args)
     if args.json:
-        import tensorflow as tf
-
-        result = {"machine": machine(), "tensorflow": tf.__version__, "command": sys.argv, "records": records}
-        staging = f"{args.json}.partial"
-        pathlib.Path(staging).write_text(json.dumps(result, indent=1))
-        os.replace(staging, args.json)
+        common.write_result(args.json, {"records": records})
 
 
 if __name__ == "__main__":

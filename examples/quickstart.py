@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
+from evidence import load_data  # noqa: E402
 
 import keras_sparse as ks  # noqa: E402
 from keras_sparse.engine.timing import alternate  # noqa: E402
@@ -26,26 +27,6 @@ BACKENDS = ("dense", "compact", "op")
 LATENCY_BATCH_SIZES = (1, 32)
 # dataset -> epochs before and while pruning; an epoch of digits takes seconds, one of CIFAR-10 minutes
 EPOCHS = {"digits": (12, 24), "mnist": (1, 2), "fashion_mnist": (1, 2), "cifar10": (2, 4)}
-
-
-def load_digits():
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
-
-    digits = load()
-    images = digits.images[..., None].astype("float32") / 16.0
-    return train_test_split(images, digits.target, test_size=360, random_state=0, stratify=digits.target)
-
-
-def load_tfds(name, data_dir):
-    import tensorflow_datasets as tfds
-
-    arrays = []
-    for split in ("train", "test"):
-        data = tfds.as_numpy(tfds.load(name, split=split, data_dir=data_dir, batch_size=-1))
-        arrays.append((data["image"].astype("float32") / 255.0, data["label"]))
-    (train_images, train_labels), (test_images, test_labels) = arrays
-    return train_images, test_images, train_labels, test_labels
 
 
 def vgg_like(input_shape, classes):
@@ -98,10 +79,7 @@ def main():
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
 
-    if args.dataset == "digits":
-        train_x, test_x, train_y, test_y = load_digits()
-    else:
-        train_x, test_x, train_y, test_y = load_tfds(args.dataset, args.data_dir)
+    train_x, train_y, test_x, test_y = load_data(args.dataset, args.data_dir)
     epochs_before, epochs_pruning = args.epochs or EPOCHS[args.dataset]
     fit = {"batch_size": args.batch_size, "validation_data": (test_x, test_y), "verbose": 2}
 

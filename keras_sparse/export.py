@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -14,7 +13,7 @@ import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from keras_sparse import ops, probing, selection, validation
-from keras_sparse.engine import inference, planner, timing
+from keras_sparse.engine import inference, machine, planner, timing
 from keras_sparse.layers import BaseSparse
 from keras_sparse.surgery import fusion
 from keras_sparse.surgery.sparsify import dense_twin
@@ -124,7 +123,7 @@ def export(
         "batch_sizes": batch_sizes,
         "model": milliseconds,
         "layers": {path: vars(layer_plan) for path, layer_plan in plans.items()},
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "machine": machine.describe(),
         "tensorflow": tf.__version__,
     }
     _write(exported, path, plan)
