@@ -1,19 +1,17 @@
 """Pruning (or densification) along a schedule while `model.fit` runs."""
 
-import warnings
-
-import keras
 import numpy as np
 
 from keras_sparse import allocation as allocations
 from keras_sparse import criteria, schedules, selection, validation
 from keras_sparse import granularity as granularities
 from keras_sparse.callbacks.masked_weights import masked_weights
+from keras_sparse.callbacks.scheduled_masks import ScheduledMasks
 
 __all__ = ["GradualPruning"]
 
 
-class GradualPruning(keras.callbacks.Callback):
+class GradualPruning(ScheduledMasks):
     r"""Drives the masks of a model to the sparsity that a schedule asks for.
 
     At every update step of the schedule, the criterion rates the units of all layers, the allocation shares the
@@ -74,160 +72,21 @@ class GradualPruning(keras.callbacks.Callback):
         exclude=None,
         targets=None,
     ):
-        super().__init__()
-        self.schedule = schedules.get(schedule)
+        super().__init__(schedules.get(schedule))
         self.granularity = None if granularity is None else granularities.get(granularity)
         self.criterion = criteria.get(criterion)
         self.allocation = allocations.get(allocation)
         self.include = include
         self.exclude = exclude
         self.targets = _check_targets(targets)
-        self.history = []
-        self._weights = None
-        self._attached = False
-        self._applied = None  # the update step whose masks are in place
-        self._sparsity = 0.0
-        self._checked_steps = False
 
-    # Keras calls these.
+    def _take(self, model):
+        weights = masked_weights(model, self.granularity, self.include, self.exclude)
+        self._own_target = _match_targets(self.targets, weights)
+        return weights
 
-    def set_model(self, model):
-        self.finish()
-        super().set_model(model)
-        self._weights = masked_weights(model, self.granularity, self.include, self.exclude)
-        self._own_target = _match_targets(self.targets, self._weights)
-        self._attached = False
-        self._applied = None
-
-    def on_train_begin(self, logs=None):
-        self._optimizer_step()  # raises where there is no optimizer to count by
-        for weight in self._weights:
-            weight.release()
-        self._checked_steps = False
-
-    def on_epoch_begin(self, epoch, logs=None):
-        if self._checked_steps:
-            return
-        # Here, not in on_train_begin: `BackupAndRestore` has restored weights and steps by now.
-        step = self._optimizer_step()
-        self._check_reachable(epoch, step)
-        self._attach()
-        before = self._sparsity
-        self.update(step)
-        self._checked_steps = True
-        if self.schedule.begin_step < self.schedule.final_step < step and self._sparsity != before:
-            warnings.warn(
-                f"The schedule's last update, at step {self.schedule.final_step}, lies before the optimizer's step "
-                f"{step}: the sparsity went from {before:.4f} to {self._sparsity:.4f} at once. Compile the model again "
-                "to count from 0, or give the schedule later steps.",
-                stacklevel=2,
-            )
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.update(self._optimizer_step())
-        for weight in self._weights:
-            weight.after_batch(_inner(self.model.optimizer))
-        if logs is not None:
-            logs["sparsity"] = self._sparsity
-
-    def on_epoch_end(self, epoch, logs=None):
-        if logs is not None:
-            logs["sparsity"] = self._sparsity
-
-    def on_train_end(self, logs=None):
-        step, reached = self._optimizer_step(), self._sparsity
-        self._measure()
-        self.finish()
-        if self._sparsity != reached:
-            warnings.warn(
-                f"The model's sparsity is {self._sparsity:.4f} again, not {reached:.4f}: weights and masks of an "
-                "earlier epoch were restored. Let `EarlyStopping(restore_best_weights=True)` start from the epoch "
-                "in which the schedule ends (`start_from_epoch`).",
-                stacklevel=2,
-            )
-        elif step < self.schedule.final_step:
-            warnings.warn(
-                f"Training ended at step {step}, before the schedule's last update at step "
-                f"{self.schedule.final_step}: the model's sparsity is {self._sparsity:.4f}, not "
-                f"{self.schedule.final_sparsity:.4f}.",
-                stacklevel=2,
-            )
-
-    # Training loops of one's own call these.
-
-    def start(self, model, step=0):
-        """Take hold of a model; call it before the train step is traced.
-
-        Args:
-            model: A built Keras model.
-            step: Number of optimizer steps taken so far; other than 0 in a resumed run.
-        """
-        self.set_model(model)
-        self._attach()
-        return self.update(step)
-
-    def update(self, step):
-        """Bring the masks to the state of optimizer step `step`; cheap where nothing is due.
-
-        Args:
-            step: Number of optimizer steps taken so far.
-
-        Returns:
-            The sparsity of the pruned kernels together.
-        """
-        if not self._attached:
-            raise RuntimeError("Call `start(model)` before `update(step)`.")
-        due = self.schedule.update_step(validation.integer("step", step, at_least=0))
-        if due is not None and due != self._applied:
-            self._apply(self.schedule(due))
-            self._applied = due
-            self._measure()
-            layers = {weight.name: weight.pruned() / weight.size for weight in self._weights}
-            self.history.append({"step": due, "sparsity": self._sparsity, "layers": layers})
-        return self._sparsity
-
-    def finish(self):
-        """Take the callback off the model; pruned weights are zero. `fit` calls it by itself."""
-        if self._attached:
-            for weight in self._weights:
-                weight.detach()
-        self._weights, self._attached = None, False
-
-    # The work.
-
-    def _attach(self):
-        for weight in self._weights:
-            weight.attach(self.model)
-        self._attached, self._applied = True, None
-        self._measure()
-
-    def _optimizer_step(self):
-        optimizer = getattr(self.model, "optimizer", None)
-        if optimizer is None:
-            raise RuntimeError("The model has no optimizer to count steps by: compile it before `fit`.")
-        # The JAX trainer keeps the variables' values to itself between epochs, until it is asked for them.
-        synchronise = getattr(self.model, "jax_state_sync", None)
-        if synchronise is not None and self._attached:
-            synchronise()
-        return int(keras.ops.convert_to_numpy(optimizer.iterations))
-
-    def _check_reachable(self, epoch, step):
-        steps, epochs = self.params.get("steps"), self.params.get("epochs")
-        if steps is None or epochs is None:
-            return  # a generator of unknown length; on_train_end warns
-        # Keras counts one iteration for so many batches, and batches that an earlier `fit` left over with them.
-        optimizer = _inner(self.model.optimizer)
-        batches = int(keras.ops.convert_to_numpy(optimizer._iterations)) + (epochs - epoch) * steps
-        last = batches // (optimizer.gradient_accumulation_steps or 1)
-        if last < self.schedule.final_step:
-            self.finish()
-            raise ValueError(
-                "`schedule` must reach its last update within the steps of `fit`. Its last update is at optimizer "
-                f"step {self.schedule.final_step}, but {epochs - epoch} epochs of {steps} batches from step {step} on "
-                f"end at step {last}. Train for more epochs or lower `end_step`. Received: schedule={self.schedule!r}"
-            )
-
-    def _apply(self, sparsity):
+    def _apply(self, step):
+        sparsity = self.schedule(step)
         masks = [weight.mask() for weight in self._weights]
         scores = [self._scores(weight, mask) for weight, mask in zip(self._weights, masks)]
         for weight, mask, score, keep in zip(self._weights, masks, scores, self._share(sparsity, scores)):
@@ -268,15 +127,6 @@ class GradualPruning(keras.callbacks.Callback):
         if (final - initial) * (target - initial) <= 0:
             return target  # no way there along the curve: masks are nested, and would be past it from the start
         return initial + (sparsity - initial) * (target - initial) / (final - initial)
-
-    def _measure(self):
-        pruned = sum(weight.pruned() for weight in self._weights)
-        self._sparsity = pruned / sum(weight.size for weight in self._weights)
-
-
-def _inner(optimizer):
-    """Return the optimizer that a loss-scale optimizer wraps, or the optimizer itself."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def _check_targets(targets):
