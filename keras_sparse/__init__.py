@@ -5,7 +5,7 @@ import importlib.metadata
 import keras
 
 from keras_sparse import callbacks, criteria, granularity, initializers, layers, report, schedules, surgery
-from keras_sparse.report import count, summary
+from keras_sparse.report import count, plot_patterns, plot_process, plot_tradeoff, summary
 from keras_sparse.surgery import sparsify, strip
 
 __all__ = [
@@ -19,6 +19,9 @@ __all__ = [
     "layers",
     "load",
     "ops",
+    "plot_patterns",
+    "plot_process",
+    "plot_tradeoff",
     "report",
     "schedules",
     "sparsify",

@@ -25,7 +25,7 @@ ALLOWED = {
     "probing": {"selection", "validation"},
     "surgery": {"granularity", "layers", "selection", "validation"},
     "callbacks": {"allocation", "criteria", "granularity", "layers", "schedules", "selection", "validation"},
-    "report": {"layers", "probing", "selection"},
+    "report": {"files", "layers", "probing", "selection", "validation"},
     "ops": {"validation"},
     "engine": {"ops", "validation"},
     "export": {"engine", "layers", "ops", "probing", "selection", "surgery", "validation"},
