@@ -6,7 +6,7 @@ import dataclasses
 import keras
 import numpy as np
 
-from keras_sparse.surgery.transform import is_graph
+from keras_sparse.surgery.transform import functional_graph, is_graph
 
 __all__ = ["Unit", "activation_name", "find_units", "fold_normalization"]
 
@@ -127,8 +127,7 @@ def _functional_models(model):
             continue
         seen.add(id(graph))
         waiting.extend(layer for layer in graph.layers if is_graph(layer))
-        # Sequential makes one of its own where its layers know their shapes.
-        functional = graph._functional if isinstance(graph, keras.Sequential) else graph
+        functional = functional_graph(graph)
         if functional is not None:
             yield functional
 

@@ -6,7 +6,7 @@ import warnings
 
 import keras
 
-__all__ = ["check_supported", "is_graph", "transform"]
+__all__ = ["check_supported", "functional_graph", "is_graph", "transform"]
 
 
 def check_supported(model, verb):
@@ -31,6 +31,12 @@ def is_graph(model):
     """Return whether the layers of `model` are called by Keras, not by Python code of the model's own."""
     # `keras.Model(inputs, outputs)` is of the class that this private name exports; there is no public one.
     return isinstance(model, (keras.Sequential, keras.src.models.Functional))
+
+
+def functional_graph(model):
+    """Return the functional model that a Sequential or functional one runs; `None` where it has none."""
+    # Sequential makes one of its own where its layers know their shapes.
+    return model._functional if isinstance(model, keras.Sequential) else model
 
 
 def transform(model, exchange, inference=False):
