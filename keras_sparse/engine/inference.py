@@ -77,7 +77,7 @@ class _Inference(keras.layers.Layer):
 
 
 class PassThrough(keras.layers.Layer):
-    """What is left of a layer that another one computes; `unused` is what that was called with beside."""
+    """What is left of a layer that another one computes."""
 
     def __init__(self, layer):
         super().__init__(name=layer.name, dtype=layer.dtype_policy, trainable=False)
@@ -85,7 +85,8 @@ class PassThrough(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def call(self, inputs, **unused):
+    # The arguments a layer may have been called with. Named: Keras 3.12 takes those behind a `**` for tensors.
+    def call(self, inputs, training=None, mask=None):
         return inputs
 
 
