@@ -4,8 +4,9 @@ import importlib.metadata
 
 import keras
 
-from keras_sparse import callbacks, criteria, granularity, initializers, layers, report, schedules, surgery
+from keras_sparse import callbacks, criteria, granularity, initializers, layers, report, schedules, storage, surgery
 from keras_sparse.report import count, plot_patterns, plot_process, plot_tradeoff, summary
+from keras_sparse.storage import load_compressed, save_compressed
 from keras_sparse.surgery import sparsify, strip
 
 __all__ = [
@@ -18,13 +19,16 @@ __all__ = [
     "initializers",
     "layers",
     "load",
+    "load_compressed",
     "ops",
     "plot_patterns",
     "plot_process",
     "plot_tradeoff",
     "report",
+    "save_compressed",
     "schedules",
     "sparsify",
+    "storage",
     "strip",
     "summary",
     "surgery",

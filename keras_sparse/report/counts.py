@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparse import probing, selection
+from keras_sparse import probing, selection, storage
 from keras_sparse.layers import BaseSparse
 
 __all__ = ["count", "summary"]
@@ -30,7 +30,9 @@ def count(model, input_shape=None):
         - `madds`: multiply-adds of kept kernel weights in one forward pass on one example, all calls of a shared
           layer included; `None` for a layer type whose multiply-adds are not known (left out of the total)
         - `bytes`: `dense`, every parameter as it is stored in memory; `bitmask`, the kept ones and one bit for each
-          unit of the mask (for each weight, where the layer has no mask)
+          unit of the mask (for each weight, where the layer has no mask); `csr`, the kept ones and an index of 4 or 5
+          bits for each kept weight of the kernel, fillers included, whichever is smaller; `compressed`, what
+          `ks.save_compressed` writes for the layer, each of its tensors in its smallest encoding, the mask included
 
         Layers without weights are left out. Biases and additions are not multiply-adds.
 
@@ -47,7 +49,7 @@ def count(model, input_shape=None):
     kernel = sum(e["_kernel"] for e in layers.values())
     zeros = sum(e["sparsity"] * e["_kernel"] for e in layers.values())
     total["sparsity"] = zeros / kernel if kernel else 0.0
-    total["bytes"] = {key: sum(e["bytes"][key] for e in layers.values()) for key in ("dense", "bitmask")}
+    total["bytes"] = {key: sum(e["bytes"][key] for e in layers.values()) for key in _SIZES}
     for entry in layers.values():
         del entry["_kernel"]
     return {"layers": layers, "total": total}
@@ -61,10 +63,10 @@ def _own_weights(layer):
 
 
 def _kernels(layer):
-    """Return `[(kept, values)]`: for each kernel, which of its weights are kept, and its mask's size."""
+    """Return `[(kept, block_shape)]`: for each kernel, which of its weights are kept, and the shape of one unit."""
     if isinstance(layer, BaseSparse):
-        mask = ops.convert_to_numpy(layer.mask) != 0
-        return [(np.broadcast_to(mask, layer._kernel.shape), mask.size)]
+        mask, shape = ops.convert_to_numpy(layer.mask) != 0, tuple(layer._kernel.shape)
+        return [(np.broadcast_to(mask, shape), tuple(size // units for size, units in zip(shape, mask.shape)))]
     # Depthwise layers call their only kernel `kernel`, separable ones have two and call none of them so.
     names = ("depthwise_kernel", "pointwise_kernel", "recurrent_kernel", "_embeddings")
     variables = [selection.kernel_variable(layer), *(getattr(layer, name, None) for name in names)]
@@ -72,7 +74,7 @@ def _kernels(layer):
     for variable in variables:
         if isinstance(variable, keras.Variable):
             values = ops.convert_to_numpy(variable)
-            found.append((values != 0, values.size))
+            found.append((values != 0, None))
     return found
 
 
@@ -85,16 +87,31 @@ def _count_layer(layer, calls):
     nnz = sum(int(kept.sum()) for kept, _ in kernels)
     width = next((itemsize[id(w)] for w in weights), 4)
     dense_bytes = sum(math.prod(w.shape) * itemsize[id(w)] for w in weights)
-    bits = sum(mask_size for _, mask_size in kernels)
+    others = dense_bytes - size * width
+    csr = [min(storage.CSR(bits).nbytes(kept, width) for bits in (4, 5)) for kept, _ in kernels]
     return {
         "params": params,
         "nnz": params - size + nnz,
         "sparsity": 1.0 - nnz / size if size else 0.0,
         "connections": sum(_connections(kept) for kept, _ in kernels),
         "madds": _madds(layer, kernels, calls),
-        "bytes": {"dense": dense_bytes, "bitmask": dense_bytes - (size - nnz) * width + math.ceil(bits / 8)},
+        "bytes": {
+            "dense": dense_bytes,
+            "bitmask": others + sum(storage.BitMask(block).nbytes(kept, width) for kept, block in kernels),
+            "csr": others + sum(csr),
+            "compressed": sum(storage.compressed_bytes(_stored(layer, weights)).values()),
+        },
         "_kernel": size,
     }
+
+
+def _stored(layer, weights):
+    """Return the layer's tensors as a file holds them, by any names."""
+    tensors = {str(index): ops.convert_to_numpy(weight) for index, weight in enumerate(weights)}
+    if isinstance(layer, BaseSparse) and weights:
+        place = next(index for index, weight in enumerate(weights) if weight is layer._kernel)
+        tensors |= {str(place): ops.convert_to_numpy(layer.kernel), "mask": ops.convert_to_numpy(layer.mask)}
+    return tensors
 
 
 def _numpy_dtype(dtype):
@@ -139,6 +156,7 @@ def _einsum_positions(layer, kernel_shape, call):
     return math.prod(call.output_shape) // math.prod(shared)
 
 
+_SIZES = ("dense", "bitmask", "csr", "compressed")
 _COLUMNS = (
     ("params", "params", "{:,}"),
     ("nnz", "nnz", "{:,}"),
@@ -158,11 +176,11 @@ def summary(model, input_shape=None, print_fn=None):
     """
     counts = count(model, input_shape)
     layers = selection.flatten_layers(model)
-    header = ("layer", "class", *(title for _, title, _ in _COLUMNS), "bytes dense", "bytes bitmask")
+    header = ("layer", "class", *(title for _, title, _ in _COLUMNS), *(f"bytes {key}" for key in _SIZES))
     rows = [header]
     for path, entry in [*counts["layers"].items(), ("total", counts["total"])]:
         cells = ["-" if entry[key] is None else form.format(entry[key]) for key, _, form in _COLUMNS]
-        sizes = [f"{entry['bytes'][key]:,}" for key in ("dense", "bitmask")]
+        sizes = [f"{entry['bytes'][key]:,}" for key in _SIZES]
         rows.append((path, type(layers[path]).__name__ if path in layers else "", *cells, *sizes))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for index, row in enumerate(rows):
