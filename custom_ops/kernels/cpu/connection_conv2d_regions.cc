@@ -286,9 +286,8 @@ constexpr int64_t kFloatsAhead = 128;
 void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int64_t end,
                 const float* zeros, float* planes) {
   const intptr_t zero = reinterpret_cast<intptr_t>(zeros);
-  // Floats from here to what comes some way later, in this pixel or in the next one.
-  const int64_t later = p.channels >= kFloatsAhead ? p.source_column - p.channels + kFloatsAhead
-                                                   : kFloatsAhead / p.channels * p.source_column;
+  const int64_t channels = end - begin;
+  const int64_t pixels_ahead = CeilDiv(kFloatsAhead, channels);
   for (int64_t r = 0; r < p.plane_rows; ++r) {
     int64_t column_begin[kLanes], column_end[kLanes];
     for (int l = 0; l < kLanes; ++l) {
@@ -298,6 +297,10 @@ void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int6
     }
     for (int64_t c = 0; c < p.plane_columns; ++c) {
       const int64_t offset = 4 * (r * p.source_row + c * p.source_column);
+      // The pixel some way on, in the image or not.
+      int64_t next_row = r, next_column = c + pixels_ahead;
+      for (; next_column >= p.plane_columns; next_column -= p.plane_columns) ++next_row;
+      const int64_t later = 4 * (next_row * p.source_row + next_column * p.source_column);
       intptr_t pixels[kLanes];
       for (int l = 0; l < kLanes; ++l) {
         const bool inside = c >= column_begin[l] && c < column_end[l];
@@ -317,34 +320,35 @@ void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int6
         // The last channels overlap those before rather than being fewer.
         const int64_t channel = Min(next, end - kLanes);
         Vec lanes[kLanes];
-        const int64_t ahead = channel + kFloatsAhead < p.channels ? kFloatsAhead : later;
+        const int64_t ahead =
+            next + kFloatsAhead < end
+                ? offset + 4 * (channel + kFloatsAhead)
+                : later +
+                      4 * (channels > kFloatsAhead ? channel + kFloatsAhead - channels : channel);
         KS_UNROLL
         for (int l = 0; l < kLanes; ++l) {
-          const float* pixel = reinterpret_cast<const float*>(pixels[l]) + channel;
-          lanes[l] = Load(pixel);
-          __builtin_prefetch(pixel + ahead);
+          lanes[l] = Load(reinterpret_cast<const float*>(pixels[l]) + channel);
+          __builtin_prefetch(reinterpret_cast<const void*>(regions.source[l] + ahead));
         }
-        Transpose(lanes);
-        float* plane = target + (channel - begin) * p.plane_size;
-        KS_UNROLL
-        for (int l = 0; l < kLanes; ++l) Store(plane + l * p.plane_size, lanes[l]);
+        StoreColumns(lanes, target + (channel - begin) * p.plane_size, p.plane_size);
       }
     }
   }
 }
 
-// Fetches where StoreBlock will store kLanes channels from `begin` on, while the sums are computed.
-// Where a lane has no pixel this names memory that may not exist, which a prefetch ignores.
-void FetchBlock(const Parameters& p, const Regions& regions, int64_t first_row,
-                int64_t first_column, int64_t rows, int64_t columns, int64_t begin,
-                const float* output) {
-  for (int64_t r = first_row; r < first_row + rows; ++r) {
-    for (int64_t c = first_column; c < first_column + columns; ++c) {
-      const intptr_t target =
-          reinterpret_cast<intptr_t>(output) + 4 * (r * p.result_row + c * p.result_column + begin);
-      for (int l = 0; l < kLanes; ++l) {
-        __builtin_prefetch(reinterpret_cast<const void*>(target + 4 * regions.result[l]), 1);
-      }
+// Fetches one cache line of every pixel of a block in lane `lane`, the one that holds `channel`:
+// where StoreBlock will store, while the sums are computed. Where a lane has no pixel this names
+// memory that may not exist, which a prefetch ignores.
+KS_INLINE void FetchPixels(const Parameters& p, const Regions& regions, int64_t first_row,
+                           int64_t first_column, int64_t rows, int64_t columns, int64_t lane,
+                           int64_t channel, const float* data) {
+  intptr_t row =
+      reinterpret_cast<intptr_t>(data) + 4 * (regions.result[lane] + first_row * p.result_row +
+                                              first_column * p.result_column + channel);
+  for (int64_t r = 0; r < rows; ++r, row += 4 * p.result_row) {
+    intptr_t pixel = row;
+    for (int64_t c = 0; c < columns; ++c, pixel += 4 * p.result_column) {
+      __builtin_prefetch(reinterpret_cast<const void*>(pixel), 1);
     }
   }
 }
@@ -499,6 +503,7 @@ struct Work {
   float* sink;   // [channels of the result]
   float* output;
   Epilogue epilogue;
+  bool fetch;   // The result's memory is fetched before it is stored to.
   bool stream;  // Stores go past the caches.
 };
 
@@ -546,11 +551,21 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
       const BlockFunction function =
           work.functions[rows - p.region_rows / p.blocks_high]
                         [columns - p.region_columns / p.blocks_wide][edge];
-      if (p.parts == 1 && !work.stream)
-        FetchBlock(p, work.regions, row, column, rows, columns, begin, work.output);
-      if (p.parts == 1 && work.epilogue.residual != nullptr)
-        FetchBlock(p, work.regions, row, column, rows, columns, begin, work.epilogue.residual);
+      // What is stored to and added at the end, a little before each result channel.
+      const bool last_part = part == p.parts - 1;
+      const float* const fetch[] = {last_part && work.fetch && !work.stream ? work.output : nullptr,
+                                    last_part && work.fetch ? work.epilogue.residual : nullptr};
+      const int64_t lines = CeilDiv(end - begin, kLanes);
+      int64_t fetched = 0;
       for (int64_t k = begin; k < end; ++k) {
+        const int64_t until = (k + 1 - begin) * lines * kLanes / (end - begin);
+        for (; fetched < until; ++fetched) {
+          const int64_t lane = fetched / lines, channel = begin + fetched % lines * kLanes;
+          for (const float* data : fetch) {
+            if (data == nullptr) continue;
+            FetchPixels(p, work.regions, row, column, rows, columns, lane, channel, data);
+          }
+        }
         const int64_t o = order[k];
         if (k + kResultsAhead < end) {
           const int64_t next = order[k + kResultsAhead];
@@ -562,7 +577,7 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
         block.sums = sums + (o - begin) * p.tile_stride;
         if (block.connections > 0 || !block.accumulate) function(block);
       }
-      if (part == p.parts - 1) {
+      if (last_part) {
         const bool finish = work.epilogue.used;
         const auto store = work.stream
                                ? (finish ? StoreBlock<true, true> : StoreBlock<true, false>)
@@ -580,7 +595,8 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
 constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
 // Bytes of a result that its reader will not find in a near cache.
 constexpr int64_t kStreamFrom = 8 << 20;
-constexpr int64_t kSharedGroups = 8;  // With fewer groups, threads share their planes.
+constexpr int64_t kFetchFrom = 1 << 20;  // Bytes of a result that the L2 cache does not hold.
+constexpr int64_t kSharedGroups = 8;     // With fewer groups, threads share their planes.
 
 struct Axis {
   int64_t size, source, kernel, pad;
@@ -721,8 +737,12 @@ int64_t PlanesSize(const Parameters& p, bool all_parts) {
   return RoundUp(p.lead + channels * p.plane_size, KS_ALIGNMENT / 4);
 }
 
-// Pieces of work that pack the planes of a group: kLanes channels each, the last one what remains.
-int64_t PackItems(const Parameters& p) { return Max(1, p.channels / kLanes); }
+// Planes of a group are packed in pieces of this many channels, the last one with what remains.
+int64_t PackChannels(const Parameters& p) {
+  constexpr int64_t kPixels = 4096;  // Times channels: worth a piece.
+  return RoundUp(CeilDiv(kPixels, p.plane_rows * p.plane_columns), kLanes);
+}
+int64_t PackItems(const Parameters& p) { return Max(1, p.channels / PackChannels(p)); }
 
 int64_t TableBytes(const Parameters& p) {
   return PieceBytes((p.parts + 1) * p.out_channels, 4) + PieceBytes(p.parts * p.out_channels, 4);
@@ -773,7 +793,7 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   }
   if (p.shared_planes) {
     stage->items = p.groups * PackItems(p);
-    stage->cost = 100 + fill * kLanes;
+    stage->cost = 100 + fill * Min(p.channels, PackChannels(p));
     ++stage;
     stage->items = p.groups * p.splits;
     stage->cost = 100 + (sums + empty) / p.splits;
@@ -805,6 +825,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   work.epilogue = MakeEpilogue(arguments);
   const Parameters& p = work.p;
   const int64_t pixels = p.batch * p.rows * p.columns;
+  work.fetch = pixels * p.out_channels * 4 >= kFetchFrom;
   work.stream = pixels * p.out_channels * 4 >= kStreamFrom && p.out_channels % kLanes == 0 &&
                 reinterpret_cast<uintptr_t>(work.output) % KS_VECTOR_BYTES == 0;
   KindTraits kind = {};
@@ -862,8 +883,8 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
         group = item / blocks;
         FindRegions(p, group, source, &work.regions);
       }
-      const int64_t first = item % blocks * kLanes;
-      const int64_t last = item % blocks == blocks - 1 ? p.channels : first + kLanes;
+      const int64_t first = item % blocks * PackChannels(p);
+      const int64_t last = item % blocks == blocks - 1 ? p.channels : first + PackChannels(p);
       PackPlanes(p, work.regions, first, last, work.zeros,
                  shared_planes + group * group_size + first * p.plane_size);
     }

@@ -43,61 +43,9 @@ KS_INLINE int64_t LanePlaneSize(int64_t rows, int64_t columns) {
 
 // --- Lanes in registers --------------------------------------------------------------------------
 
-// Shuffles of two vectors in blocks of four lanes, which cost half of what a free choice of lanes
-// costs: the low and high halves of blocks in turn, single lanes (kWidth 1) or pairs (2) of `a` and
-// `b`; or even and odd blocks, those of `a` first (4).
-template <int kWidth, int kHigh, int... kIndex>
-KS_INLINE Vec Merge(Vec a, Vec b, Lanes<kIndex...>) {
-  if (kWidth == 1) {
-    return Shuffle(a, b,
-                   Lanes<(kIndex % 2 * kLanes + (kIndex & ~3) + kIndex % 4 / 2 + 2 * kHigh)...>());
-  }
-  if (kWidth == 2) {
-    return Shuffle(a, b,
-                   Lanes<(kIndex % 4 / 2 * kLanes + (kIndex & ~3) + kIndex % 2 + 2 * kHigh)...>());
-  }
-  constexpr int kHalf = kLanes / 8 > 0 ? kLanes / 8 : 1;  // Blocks of the result that are of `a`.
-  return Shuffle(a, b,
-                 Lanes<(kIndex / 4 / kHalf % 2 * kLanes + kIndex / 4 % kHalf * 8 +
-                        (kLanes > 4 ? 4 * kHigh : 0) + kIndex % 4)...>());
-}
-template <int kWidth>
-KS_INLINE void MergeBoth(Vec& a, Vec& b) {
-  const Vec low = Merge<kWidth, 0>(a, b, AllLanes());
-  b = Merge<kWidth, 1>(a, b, AllLanes());
-  a = low;
-}
 template <int kWidth>
 KS_INLINE Vec MergeSum(Vec a, Vec b) {
   return Merge<kWidth, 0>(a, b, AllLanes()) + Merge<kWidth, 1>(a, b, AllLanes());
-}
-
-// Stores the columns of kLanes x kLanes values, `stride` floats apart.
-KS_INLINE void StoreColumns(Vec (&rows)[kLanes], float* target, int64_t stride) {
-  KS_UNROLL
-  for (int r = 0; r < kLanes; r += 2) MergeBoth<1>(rows[r], rows[r + 1]);
-  KS_UNROLL
-  for (int r = 0; r < kLanes; r += 4) {
-    MergeBoth<2>(rows[r], rows[r + 2]);
-    MergeBoth<2>(rows[r + 1], rows[r + 3]);
-  }
-  // The second and third of four rows have traded places. What is left is to transpose blocks.
-#if KS_VECTOR_BYTES >= 32
-  KS_UNROLL
-  for (int r = 0; r < kLanes; r += 8) {
-    KS_UNROLL
-    for (int i = 0; i < 4; ++i) MergeBoth<4>(rows[r + i], rows[r + 4 + i]);
-  }
-#endif
-#if KS_VECTOR_BYTES >= 64
-  KS_UNROLL
-  for (int i = 0; i < 8; ++i) MergeBoth<4>(rows[i], rows[8 + i]);
-#endif
-  KS_UNROLL
-  for (int r = 0; r < kLanes; ++r) {
-    const int column = r / 4 * 4 + (r % 4 == 1 ? 2 : r % 4 == 2 ? 1 : r % 4);
-    Store(target + column * stride, rows[r]);
-  }
 }
 
 // Lane i of the result: the sum of the lanes of vectors[i], zero from kCount on.

@@ -103,33 +103,62 @@ KS_INLINE Vec Shuffle(Vec a, Vec b, Lanes<kIndex...>) {
 #endif
 }
 
-// Exchanges the odd blocks of kStep lanes of `a` with the even blocks of `b`.
-template <int kStep, int... kIndex>
-KS_INLINE void Exchange(Vec& a, Vec& b, Lanes<kIndex...>) {
-  const Vec low = Shuffle(a, b, Lanes<((kIndex & kStep) ? kLanes + kIndex - kStep : kIndex)...>());
-  const Vec high = Shuffle(a, b, Lanes<((kIndex & kStep) ? kLanes + kIndex : kIndex + kStep)...>());
-  a = low;
-  b = high;
-}
-
-template <int kStep>
-KS_INLINE void ExchangeAll(Vec (&rows)[kLanes]) {
-  KS_UNROLL
-  for (int r = 0; r < kLanes; ++r) {
-    if ((r & kStep) == 0) Exchange<kStep>(rows[r], rows[r + kStep], AllLanes());
+// Shuffles of two vectors in blocks of four lanes, which cost half of what a free choice of lanes
+// costs: the low and high halves of blocks in turn, single lanes (kWidth 1) or pairs (2) of `a` and
+// `b`; or even and odd blocks, those of `a` first (4).
+template <int kWidth, int kHigh, int... kIndex>
+KS_INLINE Vec Merge(Vec a, Vec b, Lanes<kIndex...>) {
+  if (kWidth == 1) {
+    return Shuffle(a, b,
+                   Lanes<(kIndex % 2 * kLanes + (kIndex & ~3) + kIndex % 4 / 2 + 2 * kHigh)...>());
   }
+  if (kWidth == 2) {
+    return Shuffle(a, b,
+                   Lanes<(kIndex % 4 / 2 * kLanes + (kIndex & ~3) + kIndex % 2 + 2 * kHigh)...>());
+  }
+  constexpr int kHalf = kLanes / 8 > 0 ? kLanes / 8 : 1;  // Blocks of the result that are of `a`.
+  return Shuffle(a, b,
+                 Lanes<(kIndex / 4 / kHalf % 2 * kLanes + kIndex / 4 % kHalf * 8 +
+                        (kLanes > 4 ? 4 * kHigh : 0) + kIndex % 4)...>());
+}
+template <int kWidth>
+KS_INLINE void MergeBoth(Vec& a, Vec& b) {
+  const Vec low = Merge<kWidth, 0>(a, b, AllLanes());
+  b = Merge<kWidth, 1>(a, b, AllLanes());
+  a = low;
 }
 
 // Transposes kLanes x kLanes values in registers.
 KS_INLINE void Transpose(Vec (&rows)[kLanes]) {
-  ExchangeAll<1>(rows);
-  ExchangeAll<2>(rows);
+  KS_UNROLL
+  for (int r = 0; r < kLanes; r += 2) MergeBoth<1>(rows[r], rows[r + 1]);
+  KS_UNROLL
+  for (int r = 0; r < kLanes; r += 4) {
+    MergeBoth<2>(rows[r], rows[r + 2]);
+    MergeBoth<2>(rows[r + 1], rows[r + 3]);
+    const Vec third = rows[r + 1];
+    rows[r + 1] = rows[r + 2];
+    rows[r + 2] = third;
+  }
+  // What is left is to transpose blocks of four lanes.
 #if KS_VECTOR_BYTES >= 32
-  ExchangeAll<4>(rows);
+  KS_UNROLL
+  for (int r = 0; r < kLanes; r += 8) {
+    KS_UNROLL
+    for (int i = 0; i < 4; ++i) MergeBoth<4>(rows[r + i], rows[r + 4 + i]);
+  }
 #endif
 #if KS_VECTOR_BYTES >= 64
-  ExchangeAll<8>(rows);
+  KS_UNROLL
+  for (int i = 0; i < 8; ++i) MergeBoth<4>(rows[i], rows[8 + i]);
 #endif
+}
+
+// Stores the columns of kLanes x kLanes values, `stride` floats apart.
+KS_INLINE void StoreColumns(Vec (&rows)[kLanes], float* target, int64_t stride) {
+  Transpose(rows);
+  KS_UNROLL
+  for (int r = 0; r < kLanes; ++r) Store(target + r * stride, rows[r]);
 }
 
 // Adds the lanes kDistance away.
