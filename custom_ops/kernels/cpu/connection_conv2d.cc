@@ -223,25 +223,6 @@ KS_INLINE void StorePixels(const Vec (&pixels)[kLanes], const int64_t* map, int6
   }
 }
 
-// Applies the epilogue to what StorePixels() stores: `channels` channels from `first` on, at
-// `offset` in the output.
-KS_INLINE void FinishPixels(const Epilogue& epilogue, const int64_t* map, int64_t first,
-                            int64_t channels, int64_t offset, Vec (&pixels)[kLanes]) {
-  if (epilogue.bias != nullptr) {
-    const Vec bias = LoadFirst(epilogue.bias + first, channels);
-    KS_UNROLL
-    for (int i = 0; i < kLanes; ++i) pixels[i] += bias;
-  }
-  if (epilogue.residual != nullptr) {
-    for (int i = 0; i < kLanes; ++i) {
-      if (map[i] >= 0) pixels[i] += LoadFirst(epilogue.residual + offset + map[i], channels);
-    }
-  }
-  const Vec least = Splat(epilogue.least), most = Splat(epilogue.most);
-  KS_UNROLL
-  for (int i = 0; i < kLanes; ++i) pixels[i] = Clamp(pixels[i], least, most);
-}
-
 // Computes result channels [channel_begin, channel_end) of one tile from its planes.
 void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Table& table,
                  const Taps& taps, int64_t tile_index, int64_t channel_begin, int64_t channel_end,
@@ -326,7 +307,14 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
               }
               Transpose(lanes);
               const int64_t* map = column_map + (flat ? line + r : vector + v) * kLanes;
-              if (epilogue.used) FinishPixels(epilogue, map, o, block_channels, offset, lanes);
+              if (epilogue.used) {
+                intptr_t residuals[kLanes];
+                for (int i = 0; i < kLanes; ++i) {  // A dropped pixel reads the first one.
+                  residuals[i] = reinterpret_cast<intptr_t>(epilogue.residual) +
+                                 (map[i] >= 0 ? 4 * (offset - o + map[i]) : 0);
+                }
+                FinishPixels(epilogue, o, block_channels, residuals, lanes);
+              }
               StorePixels(lanes, map, block_channels, output + offset);
             }
           }
