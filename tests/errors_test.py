@@ -51,6 +51,14 @@ def decay(**options):
     return ks.schedules.PolynomialDecay(**{**defaults, **options})
 
 
+def checkpoint(target, **options):
+    return ks.callbacks.SparsityModelCheckpoint("x.keras", target_sparsity=target, **options)
+
+
+def stopping(target, **options):
+    return ks.callbacks.SparsityEarlyStopping(target_sparsity=target, **options)
+
+
 KERNEL = np.ones((3, 3, 4, 6), "float32")
 
 # (id, call, error, argument the message names, part of the rule, value the message repeats)
@@ -222,6 +230,18 @@ CASES = [
         "path",
         "ks.save_compressed",
         "errors_test",
+    ),
+    ("checkpoint at 1", lambda: checkpoint(1.0), ValueError, "target_sparsity", "[0, 1)", "1.0"),
+    ("stopping at 90", lambda: stopping(90), ValueError, "target_sparsity", "[0, 1)", "90"),
+    ("tolerance < 0", lambda: stopping(0.9, tolerance=-1), ValueError, "tolerance", "[0, 1]", "-1"),
+    ("board never", lambda: ks.callbacks.SparsityTensorBoard(update_freq=0), ValueError, "update_freq", ">= 1", "0"),
+    (
+        "board daily",
+        lambda: ks.callbacks.SparsityTensorBoard("x", "day"),
+        ValueError,
+        "update_freq",
+        "'epoch'",
+        "'day'",
     ),
     ("pack a matrix", lambda: packing.thinned_filter(np.ones((3, 3))), ValueError, "kernel", "rank 4", "(3, 3)"),
     ("groups do not divide", lambda: packing.connection_table(KERNEL, 4), ValueError, "groups", "divide", "4"),

@@ -35,6 +35,10 @@ class MaskedWeight:
         """Return the mask, of the granularity's shape, as a NumPy array."""
         raise NotImplementedError
 
+    def kept(self):
+        """Return the mask for somebody who only looks: without one that is in force, what the zeros say."""
+        return self.mask()
+
     def assign(self, mask):
         """Set the mask; pruned weights are zero from here on, returning ones start at zero."""
         raise NotImplementedError
@@ -127,6 +131,9 @@ class InPlaceMask(MaskedWeight):
 
     def mask(self):
         return _to_numpy(self._mask)
+
+    def kept(self):
+        return self.granularity.reduce(self.kernel() != 0, np.max).astype("float32")
 
     def assign(self, mask):
         kept_throughout = self.mask() * mask
