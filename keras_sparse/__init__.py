@@ -7,7 +7,7 @@ import keras
 from keras_sparse import callbacks, criteria, granularity, initializers, layers, report, schedules, storage, surgery
 from keras_sparse.report import count, plot_patterns, plot_process, plot_tradeoff, summary
 from keras_sparse.storage import load_compressed, save_compressed
-from keras_sparse.surgery import sparsify, strip
+from keras_sparse.surgery import random_tables, sparsify, strip
 
 __all__ = [
     "__version__",
@@ -24,6 +24,7 @@ __all__ = [
     "plot_patterns",
     "plot_process",
     "plot_tradeoff",
+    "random_tables",
     "report",
     "save_compressed",
     "schedules",

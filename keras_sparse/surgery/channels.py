@@ -57,7 +57,7 @@ class Call:
 
     Attributes:
         path: Path of the layer as `selection.flatten_layers` has it; `None` for an operation.
-        layer: The layer or operation.
+        layer: The layer or operation; `None` where a tensor is only looked at along another axis.
         kind: `"kernel"`, `"elementwise"`, `"copy"` or `"mix"`; see the module's table.
         inputs: List of `Channels`, one for each tensor that is passed.
         outputs: List of `Channels`.
@@ -208,6 +208,21 @@ class ChannelGraph:
             shape = (call.inputs[0].ids.size, call.outputs[0].ids.size)
             expanded[path] = _ungrouped(given, call.layer, shape)
         return expanded
+
+    def table(self, call, table=None):
+        """Return the table of a kernel call over all its channels, booleans (in, out), groups spread out.
+
+        Args:
+            call: A call of kind `kernel`.
+            table: Nonzero where kept, (in / groups, out); default the mask of the layer.
+
+        Returns:
+            `None` where every input reaches every output.
+        """
+        table = connection_table(call.layer) if table is None else np.asarray(table) != 0
+        levels = None if table is None else np.where(table, 0.0, np.inf)
+        levels = _ungrouped(levels, call.layer, (call.inputs[0].ids.size, call.outputs[0].ids.size))
+        return None if levels is None else np.isfinite(levels)
 
     def alive(self, tables=None):
         """Return which channels lie on a path from the input to the prediction, a boolean for each identity.
@@ -392,8 +407,12 @@ def _rule_for_kernel(graph, node, inputs):
     rank = len(node.outputs[0].shape)
     # A Dense layer acts on the last axis; the `data_format` of convolutions says theirs.
     axis = _channel_axis(layer, rank)
-    if len(inputs) != 1 or inputs[0].axis != axis:
+    if len(inputs) != 1:
         return None
+    if inputs[0].axis != axis:  # each place along this axis holds values of all channels, as with images channels first
+        turned = graph._new(node.arguments.keras_tensors[0].shape, axis)
+        graph.calls.append(Call(None, None, "mix", inputs, [turned]))
+        inputs = [turned]
     return Call(None, layer, "kernel", inputs, [graph._new(node.outputs[0].shape, axis)], coupled=_is_coupled(layer))
 
 

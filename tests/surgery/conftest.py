@@ -1,5 +1,8 @@
 """Models of every shape that surgery must follow, small and with weights that are nowhere their defaults."""
 
+import pathlib
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +10,8 @@ from keras import layers
 
 import keras_sparse as ks
 from keras_sparse import selection
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for channel_models.py
 
 
 def sequential():
