@@ -6,7 +6,7 @@ import numpy as np
 from keras_sparse import validation
 from keras_sparse.allocation import units_to_keep
 
-__all__ = ["RandomMask"]
+__all__ = ["RandomMask", "fan_scale"]
 
 
 @keras.saving.register_keras_serializable(package="keras_sparse")
@@ -37,3 +37,38 @@ class RandomMask(keras.initializers.Initializer):
 
     def get_config(self):
         return {"sparsity": self.sparsity, "seed": self.seed}
+
+
+def fan_scale(initializer, mask, kernel_shape):
+    r"""Return the factor from an initializer's values for a dense kernel to those for a masked one.
+
+    Initializers that scale variance (Glorot, He, LeCun) draw weights of variance \(s / n\), with the fan \(n\) of a
+    dense kernel. Under a mask the weight from input channel \(i\) to output channel \(j\) has the smaller fan
+    \(n_{ij}\), counted over kept weights, and
+
+    $$\operatorname{Var}(w_{ij}) = \frac{s}{n_{ij}}, \quad n_{ij} = \begin{cases}
+    \text{kept weights into } j & \text{mode "fan\_in" (He, LeCun)} \\
+    \text{kept weights out of } i & \text{mode "fan\_out"} \\
+    \text{the mean of both} & \text{mode "fan\_avg" (Glorot)}
+    \end{cases}$$
+
+    so that activations and gradients keep their scale at any density.
+
+    Args:
+        initializer: Keras initializer of the kernel.
+        mask: Array of 0 and 1 that broadcasts to the kernel.
+        kernel_shape: Shape of the kernel, input and output axis last.
+
+    Returns:
+        Array that broadcasts to the kernel, \(\sqrt{n / n_{ij}}\); 1 for initializers whose values know no fan.
+    """
+    if not isinstance(initializer, keras.initializers.VarianceScaling):
+        return np.ones((1,) * len(kernel_shape))
+    mask = np.broadcast_to(np.asarray(mask) != 0, kernel_shape)
+
+    def fans(kept):
+        taps = tuple(range(kept.ndim - 2))
+        fan_in, fan_out = (kept.sum(axis=(*taps, axis), keepdims=True) for axis in (-2, -1))
+        return {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[initializer.mode]
+
+    return np.sqrt(fans(np.ones_like(mask)) / np.maximum(fans(mask), 1))

@@ -41,6 +41,14 @@ for model in (ks.sparsify(network()), network()):
     saved, kept = (np.asarray(m.get_layer("conv").kernel) for m in (again, model))
     np.testing.assert_array_equal(saved, kept)
 
+model = ks.sparsify(network(), include="conv")
+model.compile(keras.optimizers.Adam(1e-3), "mse")
+growing = ks.callbacks.IncrementalTraining(0.25, doubling_steps=6, initializer="layer")
+history = model.fit(x, y, epochs=3, batch_size=8, callbacks=[growing], verbose=0).history
+assert [record["step"] for record in growing.history] == [0, 6, 12]
+assert history["density"] == [0.5, 1.0, 1.0], history["density"]
+assert np.asarray(model.get_layer("conv").kernel).all()
+
 for name in ("export", "load", "ops"):
     try:
         getattr(ks, name)

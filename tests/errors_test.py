@@ -46,6 +46,14 @@ def fit_with(model=None, epochs=2, **options):
     model.fit(x, y, batch_size=4, epochs=epochs, callbacks=[ks.callbacks.GradualPruning(**options)], verbose=0)
 
 
+def grow(model=None, **options):
+    model = model or ks.sparsify(cnn())
+    model.compile("sgd", "mse")
+    x, y = np.zeros((8, 6, 6, 2), "float32"), np.zeros((8, 3), "float32")
+    growing = ks.callbacks.IncrementalTraining(**{"initial_density": 0.5, "doubling_steps": 2, **options})
+    model.fit(x, y, batch_size=4, callbacks=[growing], verbose=0)
+
+
 def decay(**options):
     defaults = {"initial_sparsity": 0.0, "final_sparsity": 0.9, "begin_step": 0, "end_step": 100}
     return ks.schedules.PolynomialDecay(**{**defaults, **options})
@@ -79,6 +87,31 @@ CASES = [
     ("power bool", lambda: decay(power=True), TypeError, "power", "number", "True"),
     ("density 0", lambda: ks.schedules.Doubling(0.0), ValueError, "initial_density", "(0, 1]", "0.0"),
     ("density falls", lambda: ks.schedules.Doubling(0.5, 0.2), ValueError, "final_density", "initial_density", "0.2"),
+    ("grow from 0", lambda: grow(initial_density=0), ValueError, "initial_density", "(0, 1]", "0"),
+    ("grow to 2", lambda: grow(final_density=2.0), ValueError, "final_density", "(0, 1]", "2.0"),
+    ("grow to less", lambda: grow(final_density=0.1), ValueError, "final_density", "initial_density, 0.5", "0.1"),
+    ("double at once", lambda: grow(doubling_steps=0), ValueError, "doubling_steps", ">= 1", "0"),
+    ("double at 1.5", lambda: grow(doubling_steps=1.5), TypeError, "doubling_steps", "integer", "1.5"),
+    ("grow from twos", lambda: grow(initializer="two"), ValueError, "initializer", "'zeros', 'layer'", "'two'"),
+    ("grow at random", lambda: grow(seed=-1), ValueError, "seed", ">= 0", "-1"),
+    ("grow without end", lambda: grow(doubling_steps=3), ValueError, "doubling_steps", "from optimizer step 3 on", "3"),
+    ("grow a plain model", lambda: grow(cnn()), ValueError, "model", "granularity 'connection'", "'cnn'"),
+    (
+        "grow weights",
+        lambda: grow(ks.sparsify(cnn(), "weight")),
+        ValueError,
+        "model",
+        "granularity 'connection'",
+        "'cnn'",
+    ),
+    (
+        "grow without an optimizer",
+        lambda: ks.callbacks.IncrementalTraining(0.5, 2).start(ks.sparsify(cnn())),
+        ValueError,
+        "optimizer",
+        "not compiled",
+        "None",
+    ),
     ("schedule a float", lambda: ks.callbacks.GradualPruning(0.9), TypeError, "schedule", "Schedule", "0.9"),
     ("unknown norm", lambda: ks.criteria.Magnitude("l3"), ValueError, "norm", "'l1', 'l2'", "'l3'"),
     ("seed < 0", lambda: ks.criteria.Random(-1), ValueError, "seed", ">= 0", "-1"),

@@ -43,6 +43,12 @@ class MaskedWeight:
         """Set the mask; pruned weights are zero from here on, returning ones start at zero."""
         raise NotImplementedError
 
+    def fill(self, values, where):
+        """Set weights to `values` where `where`, broadcast to the kernel, is true."""
+        where = np.broadcast_to(where, self._kernel_shape)
+        values = ops.cast(values, self.variable.dtype)
+        self.variable.assign(ops.where(where, values, ops.convert_to_tensor(self.variable)))
+
     def pruned(self):
         """Return how many of the kernel's weights the mask sets to zero."""
         mask = self.mask()
@@ -61,6 +67,11 @@ class MaskedWeight:
         """Called after training."""
 
     @property
+    def variable(self):
+        """The trainable variable behind the kernel."""
+        return selection.kernel_variable(self.layer)
+
+    @property
     def size(self):
         return math.prod(self._kernel_shape)
 
@@ -70,13 +81,13 @@ class MaskedWeight:
 
     @property
     def _kernel_shape(self):
-        return tuple(selection.kernel_variable(self.layer).shape)
+        return tuple(self.variable.shape)
 
 
 class LayerMask(MaskedWeight):
     """The kernel and mask of a sparse layer."""
 
-    def __init__(self, name, layer, granularity):
+    def __init__(self, name, layer, granularity=None):
         granularity = granularity or layer.granularity
         super().__init__(name, layer, granularity)
         shape, own = granularity.mask_shape(self._kernel_shape), tuple(layer.mask.shape)
