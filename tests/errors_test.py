@@ -224,7 +224,7 @@ CASES = [
     ),
     ("targets a list", lambda: fit_with(targets=[0.5]), TypeError, "targets", "dict", "[0.5]"),
     ("target of 1", lambda: fit_with(targets={"conv": 1}), ValueError, "targets['conv']", "[0, 1)", "1"),
-    ("target unmatched", lambda: fit_with(targets={"cnov": 0.5}), ValueError, "include", "'conv'", "'cnov'"),
+    ("target unmatched", lambda: fit_with(targets={"cnov": 0.5}), ValueError, "targets", "'conv'", "'cnov'"),
     ("finer granularity", lambda: fit_with(granularity="weight"), ValueError, "granularity", "'conv'", "'weight'"),
     ("fit too short", lambda: fit_with(schedule=decay()), ValueError, "schedule", "step 100", "PolynomialDecay"),
     ("count unbuilt", lambda: ks.count(keras.Sequential(name="s")), ValueError, "model", "built", "'s'"),

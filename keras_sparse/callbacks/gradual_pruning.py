@@ -71,6 +71,7 @@ class GradualPruning(ScheduledMasks):
         include=None,
         exclude=None,
         targets=None,
+        weights=None,
     ):
         super().__init__(schedules.get(schedule))
         self.granularity = None if granularity is None else granularities.get(granularity)
@@ -79,9 +80,10 @@ class GradualPruning(ScheduledMasks):
         self.include = include
         self.exclude = exclude
         self.targets = _check_targets(targets)
+        self.weights = weights
 
     def _take(self, model):
-        weights = masked_weights(model, self.granularity, self.include, self.exclude)
+        weights = masked_weights(model, self.granularity, self.include, self.exclude, self.weights)
         self._own_target = _match_targets(self.targets, weights)
         return weights
 
@@ -134,6 +136,7 @@ def _check_targets(targets):
         return {}
     if not isinstance(targets, dict):
         validation.fail("targets", "be a dict of layer names or regular expressions to sparsities", targets, TypeError)
+    selection.check_patterns("targets", list(targets))
     return {
         pattern: validation.sparsity_value(f"targets[{pattern!r}]", sparsity) for pattern, sparsity in targets.items()
     }
@@ -141,10 +144,9 @@ def _check_targets(targets):
 
 def _match_targets(targets, weights):
     """Return the own target of each weight, `None` where it has none; the first pattern that matches holds."""
-    layers = {weight.name: weight.layer for weight in weights}
     for pattern in targets:
-        selection.select(layers, include=pattern)  # raises for a pattern without a layer
-    return [
-        next((s for pattern, s in targets.items() if selection.matches(pattern, weight.name, weight.layer)), None)
-        for weight in weights
-    ]
+        if not any(weight.weight.named_by(pattern) for weight in weights):
+            names = ", ".join(repr(weight.name) for weight in weights)
+            shown = getattr(pattern, "pattern", getattr(pattern, "__name__", pattern))
+            validation.fail("targets", f"match a layer that is pruned; these are {names}", shown)
+    return [next((s for pattern, s in targets.items() if weight.weight.named_by(pattern)), None) for weight in weights]

@@ -127,8 +127,8 @@ class IncrementalTraining(ScheduledMasks):
 
     def _take(self, model):
         self._tables = RandomTables(model, self.fan_in, self.include, self.exclude, self.seed)
-        layers = selection.flatten_layers(model)
-        return [LayerMask(path, layers[path]) for path in self._tables.levels]
+        kernels = {weight.name: weight for weight in selection.prunable_weights(model)}
+        return [LayerMask(kernels[path]) for path in self._tables.levels]
 
     def _fail_unreachable(self, situation):
         rule = (

@@ -14,17 +14,21 @@ __all__ = ["MaskedWeight", "masked_weights"]
 
 
 class MaskedWeight:
-    """A kernel and its mask.
+    """A weight tensor and its mask.
 
     Attributes:
-        name: Path of the layer in the model.
+        name: Path of the layer in the model, with the weight's key behind it where the layer has several.
+        layer: The layer.
+        variable: The `keras.Variable` that is trained.
         granularity: The `Granularity` the callback prunes at.
         mask: NumPy array of the granularity's shape, zeros and ones.
     """
 
-    def __init__(self, name, layer, granularity):
-        self.name = name
-        self.layer = layer
+    def __init__(self, weight, granularity):
+        self.weight = weight
+        self.name = weight.name
+        self.layer = weight.layer
+        self.variable = weight.variable
         self.granularity = granularity
 
     def kernel(self):
@@ -67,11 +71,6 @@ class MaskedWeight:
         """Called after training."""
 
     @property
-    def variable(self):
-        """The trainable variable behind the kernel."""
-        return selection.kernel_variable(self.layer)
-
-    @property
     def size(self):
         return math.prod(self._kernel_shape)
 
@@ -87,14 +86,15 @@ class MaskedWeight:
 class LayerMask(MaskedWeight):
     """The kernel and mask of a sparse layer."""
 
-    def __init__(self, name, layer, granularity=None):
+    def __init__(self, weight, granularity=None):
+        layer = weight.layer
         granularity = granularity or layer.granularity
-        super().__init__(name, layer, granularity)
+        super().__init__(weight, granularity)
         shape, own = granularity.mask_shape(self._kernel_shape), tuple(layer.mask.shape)
         if not granularities.broadcastable(shape, own):
             validation.fail(
                 "granularity",
-                f"be None or one whose units hold whole units of layer '{name}', which has granularity "
+                f"be None or one whose units hold whole units of layer '{self.name}', which has granularity "
                 f"'{layer.granularity.name}'",
                 granularity.name,
             )
@@ -124,21 +124,26 @@ class LayerMask(MaskedWeight):
 
 
 class InPlaceMask(MaskedWeight):
-    """A kernel of a plain Keras layer, pruned in place: the zeros are the only trace in the saved model.
+    """A weight of a plain Keras layer, pruned in place: the zeros are the only trace in the saved model.
 
     Units that are exactly zero when training starts count as pruned, so that a resumed run, or the fine-tuning
     of a pruned model, knows its masks. A kernel of zeros alone is an untrained one and keeps its units.
     """
 
-    def __init__(self, name, layer, granularity):
-        super().__init__(name, layer, granularity or granularities.get("weight"))
-        self._variable = selection.kernel_variable(layer)
-        shape = self.granularity.mask_shape(self._variable.shape)
-        self._mask = keras.Variable(np.ones(shape, "float32"), trainable=False, name=f"{layer.name}_mask")
+    def __init__(self, weight, granularity):
+        super().__init__(weight, granularity or granularities.get("weight"))
+        shape = self.granularity.mask_shape(self._kernel_shape)
+        if shape != self._kernel_shape and not selection.ends_in_channels(weight):
+            rule = (
+                f"be 'weight' for '{self.name}': the last two axes of its {weight.key}, of shape {self._kernel_shape}, "
+                "are not input and output channels"
+            )
+            validation.fail("granularity", rule, self.granularity.name)
+        self._mask = keras.Variable(np.ones(shape, "float32"), trainable=False, name=f"{weight.key}_mask")
         self._model = None
 
     def kernel(self):
-        return _to_numpy(self._variable)
+        return _to_numpy(self.variable)
 
     def mask(self):
         return _to_numpy(self._mask)
@@ -149,20 +154,20 @@ class InPlaceMask(MaskedWeight):
     def assign(self, mask):
         kept_throughout = self.mask() * mask
         self._mask.assign(mask)
-        self._variable.assign(ops.multiply(self._variable, ops.cast(kept_throughout, self._variable.dtype)))
+        self.variable.assign(ops.multiply(self.variable, ops.cast(kept_throughout, self.variable.dtype)))
 
     def release(self):
-        if isinstance(self._variable.constraint, _KeepPruned):
-            self._variable.constraint = self._variable.constraint.users_constraint
+        if isinstance(self.variable.constraint, _KeepPruned):
+            self.variable.constraint = self.variable.constraint.users_constraint
 
     def attach(self, model):
         # A constraint runs inside the optimizer's step, so that no file written by any callback, in any order,
         # can hold a pruned weight that momentum or weight decay has moved.
         # Under JAX, whose optimizer step is a pure function of the model's variables, after_batch does it.
         if keras.backend.backend() != "jax":
-            if not isinstance(self._variable.constraint, _KeepPruned):
-                self._variable.constraint = _KeepPruned(self._variable.constraint)
-            self._variable.constraint.masks[id(self)] = self._mask
+            if not isinstance(self.variable.constraint, _KeepPruned):
+                self.variable.constraint = _KeepPruned(self.variable.constraint)
+            self.variable.constraint.masks[id(self)] = self._mask
         self._model = model
         if getattr(model, "train_function", None) is not None:
             model.make_train_function(force=True)  # traced without the constraint, possibly
@@ -171,23 +176,23 @@ class InPlaceMask(MaskedWeight):
 
     def after_batch(self, optimizer):
         if keras.backend.backend() == "jax":
-            self._variable.assign(self._variable * ops.cast(self._mask, self._variable.dtype))
+            self.variable.assign(self.variable * ops.cast(self._mask, self.variable.dtype))
         if not getattr(optimizer, "use_ema", False) or not optimizer.built:
             return
         # The averages are taken before constraints are applied, and overwrite the weights in the end.
         averages = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average)
         for variable, average in averages:  # that of a frozen layer is not among them
-            if variable is self._variable:
+            if variable is self.variable:
                 average.assign(average * ops.cast(self._mask, average.dtype))
 
     def detach(self):
-        constraint = self._variable.constraint
+        constraint = self.variable.constraint
         if isinstance(constraint, _KeepPruned):
             constraint.masks.pop(id(self), None)
             if not constraint.masks:
-                self._variable.constraint = constraint.users_constraint
+                self.variable.constraint = constraint.users_constraint
         self._model.train_function = None
-        self._variable.assign(ops.multiply(self._variable, ops.cast(self._mask, self._variable.dtype)))
+        self.variable.assign(ops.multiply(self.variable, ops.cast(self._mask, self.variable.dtype)))
 
 
 class _KeepPruned(keras.constraints.Constraint):
@@ -214,16 +219,18 @@ def _to_numpy(tensor):
     return array.astype(np.promote_types(array.dtype, "float32"))
 
 
-def _prunable_in_place(layer):
-    # Depthwise kernels hold few weights and much accuracy (Zhu & Gupta, 2017, section 4.1).
-    depthwise = isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D))
-    return not depthwise and selection.kernel_variable(layer) is not None
-
-
-def masked_weights(model, granularity=None, include=None, exclude=None):
+def masked_weights(model, granularity=None, include=None, exclude=None, weights=None):
     """Return the weights of `model` that a callback is to drive.
 
-    Those of its sparse layers, and those of plain layers where it has no sparse ones or `include` asks for them.
+    Those of its sparse layers, and those of plain layers where it has no sparse ones or `include` or `weights` asks
+    for them.
+
+    Args:
+        model: A built Keras model.
+        granularity: A `Granularity`, or `None` for the layers' own.
+        include: As in `selection.select_weights`.
+        exclude: As in `selection.select_weights`.
+        weights: As in `selection.prunable_weights`.
 
     Raises:
         ValueError: If the model has no weights yet, or nothing in it can be pruned.
@@ -231,21 +238,15 @@ def masked_weights(model, granularity=None, include=None, exclude=None):
     if not model.built:
         rule = "be built before it is pruned: give it an `Input` layer or call `model.build(input_shape)`"
         validation.fail("model", rule, model.name)
-    layers = selection.flatten_layers(model)
-    sparse = {path: layer for path, layer in layers.items() if isinstance(layer, BaseSparse)}
-    candidates = sparse
-    if not sparse or include is not None:
-        candidates = {
-            path: layer for path, layer in layers.items() if isinstance(layer, BaseSparse) or _prunable_in_place(layer)
-        }
-    # A wrapper may show its layer's kernel as its own.
-    owners = {id(selection.kernel_variable(layer)): path for path, layer in candidates.items()}
-    candidates = {path: candidates[path] for path in owners.values()}
-    chosen = selection.select(candidates, include, exclude, known=layers)
+    candidates = selection.prunable_weights(model, weights)
+    if include is None and any(map(_is_sparse, candidates)):
+        candidates = [w for w in candidates if _is_sparse(w) or any(map(w.named_by, weights or ()))]
+    chosen = selection.select_weights(candidates, include, exclude, known=selection.flatten_layers(model))
     if not chosen:
         rule = "hold a layer with a kernel that `include` names and `exclude` does not"
         validation.fail("model", rule, model.name)
-    return [
-        (LayerMask if isinstance(layer, BaseSparse) else InPlaceMask)(path, layer, granularity)
-        for path, layer in chosen.items()
-    ]
+    return [(LayerMask if _is_sparse(weight) else InPlaceMask)(weight, granularity) for weight in chosen]
+
+
+def _is_sparse(weight):
+    return isinstance(weight.layer, BaseSparse) and weight.key == "kernel"

@@ -50,7 +50,7 @@ def sparsify(model, granularity="connection", include=None, exclude=None):
         for path, layer in layers.items()
         if type(layer) in _SPARSE_TWIN and id(layer) in outer and not _is_quantized(layer)
     }
-    chosen = selection.select(candidates, include, exclude, known=layers)
+    chosen = selection.select(candidates, include, exclude, known=layers, parents=selection.parents_of(model))
     if not chosen:
         rule = "hold a Conv2D or Dense layer that `include` names and `exclude` does not"
         validation.fail("model", rule, model.name)

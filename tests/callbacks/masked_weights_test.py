@@ -1,5 +1,7 @@
 """The mask interface: whatever holds the mask, no pruned weight is ever anything but zero."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -171,42 +173,84 @@ def test_a_constraint_that_moves_zeros(kind):
 # Plain layers.
 
 
+def attention(layer):
+    x = keras.Input((5, 8))
+    return keras.Model(x, layer(x, x))
+
+
+RNN = ["kernel", "recurrent_kernel"]
+ATTENTION = ["query", "key", "value", "attention_output"]
+
+# Input shape, layer, names of what is pruned of it below the layer's own name.
 PLAIN = [
-    ((9, 4), lambda: layers.Conv1D(6, 3)),
-    ((9, 9, 4), lambda: layers.Conv2D(6, 3, groups=2)),
-    ((5, 5, 5, 2), lambda: layers.Conv3D(4, 2)),
-    ((9, 4), lambda: layers.Conv1DTranspose(6, 3)),
-    ((9, 9, 4), lambda: layers.Conv2DTranspose(6, 3)),
-    ((5, 5, 5, 2), lambda: layers.Conv3DTranspose(4, 2)),
-    ((7,), lambda: layers.Dense(6)),
-    ((9, 4), lambda: layers.EinsumDense("abc,cde->abde", output_shape=(None, 3, 5))),
-    ((9, 4), lambda: layers.TimeDistributed(layers.Dense(6))),
-    ((9, 4), lambda: layers.LSTM(3)),
+    ((9, 4), lambda: layers.Conv1D(6, 3), [""]),
+    ((9, 9, 4), lambda: layers.Conv2D(6, 3, groups=2), [""]),
+    ((5, 5, 5, 2), lambda: layers.Conv3D(4, 2), [""]),
+    ((9, 4), lambda: layers.Conv1DTranspose(6, 3), [""]),
+    ((9, 9, 4), lambda: layers.Conv2DTranspose(6, 3), [""]),
+    ((5, 5, 5, 2), lambda: layers.Conv3DTranspose(4, 2), [""]),
+    ((9, 4), lambda: layers.SeparableConv1D(6, 3), ["/pointwise_kernel"]),
+    ((9, 9, 4), lambda: layers.SeparableConv2D(6, 3, depth_multiplier=2), ["/pointwise_kernel"]),
+    ((7,), lambda: layers.Dense(6), [""]),
+    ((9, 4), lambda: layers.EinsumDense("abc,cde->abde", output_shape=(None, 3, 5)), [""]),
+    ((9,), lambda: layers.Embedding(11, 5), [""]),
+    ((9, 4), lambda: layers.TimeDistributed(layers.Dense(6, name="inner")), ["/inner"]),
+    ((9, 4), lambda: layers.SimpleRNN(3), [f"/simple_rnn_cell/{key}" for key in RNN]),
+    ((9, 4), lambda: layers.GRU(3), [f"/gru_cell/{key}" for key in RNN]),
+    ((9, 4), lambda: layers.LSTM(3), [f"/lstm_cell/{key}" for key in RNN]),
+    ((9, 4), lambda: layers.RNN(layers.GRUCell(3, name="cell")), [f"/cell/{key}" for key in RNN]),
+    (
+        (9, 4),
+        lambda: layers.RNN(
+            layers.StackedRNNCells([layers.GRUCell(3, name="low"), layers.LSTMCell(2, name="high")], name="stack")
+        ),
+        [f"/stack/{cell}/{key}" for cell in ("low", "high") for key in RNN],
+    ),
+    ((9, 7, 4), lambda: layers.ConvLSTM1D(3, 2), [f"/conv_lstm_cell/{key}" for key in RNN]),
+    (
+        (9, 4),
+        lambda: layers.Bidirectional(layers.LSTM(3, name="lstm"), name="both"),
+        [f"/{way}_lstm/lstm_cell/{key}" for way in ("forward", "backward") for key in RNN],
+    ),
+    (None, lambda: attention(layers.MultiHeadAttention(2, 3, name="mha")), [f"/{part}" for part in ATTENTION]),
+    (None, lambda: attention(layers.GroupQueryAttention(4, 2, 1, name="gqa")), [f"/{part}" for part in ATTENTION]),
 ]
 
 
-@pytest.mark.parametrize(("shape", "make"), PLAIN, ids=lambda value: type(value()).__name__ if callable(value) else "")
-def test_plain_layers_in_place(shape, make):
+def kind_of(value):
+    made = value() if callable(value) else None
+    return "" if made is None else getattr(made, "layers", [made])[-1].__class__.__name__
+
+
+@pytest.mark.parametrize(("shape", "make", "expected"), PLAIN, ids=kind_of)
+def test_plain_layers_in_place(shape, make, expected):
     """Pruned at every update, held between them, still the layer it was."""
-    model, generator = sequential(shape, make()), np.random.default_rng(0)
+    model = make() if shape is None else sequential(shape, make())
+    generator, layer = np.random.default_rng(0), model.layers[-1]
     pruning, optimizer = GradualPruning(PolynomialDecay(0.0, 0.8, 1, 5, frequency=2)), keras.optimizers.Adam(0.1)
     pruning.start(model)
-    (weight,) = pruning._weights
+    weights = pruning._weights
+    assert sorted(re.sub(r"_\d+", "", w.name) for w in weights) == sorted(
+        re.sub(r"_\d+", "", layer.name) + name for name in expected
+    )
+    config = keras.saving.serialize_keras_object(model)
     for step in range(1, 7):
         gradients = [generator.normal(size=v.shape).astype("float32") for v in model.trainable_variables]
         optimizer.apply(gradients, model.trainable_variables)
-        assert_zero_where_pruned({"": weight.kernel()}, {"": weight.mask()}, str(step))
+        for weight in weights:
+            assert_zero_where_pruned({"": weight.kernel()}, {"": weight.mask()}, f"{weight.name} {step}")
         pruning.update(step)
-    kernel = weight.kernel()
+    kernels = [weight.kernel() for weight in weights]
     pruning.finish()
-    assert np.count_nonzero(kernel) == round(0.2 * kernel.size)
-    assert type(model.layers[0]) is type(make())
-    config = keras.saving.serialize_keras_object(model)
-    assert "keras_sparse" not in str(config)
+    for kernel in kernels:
+        assert np.count_nonzero(kernel) == round(0.2 * kernel.size)
+    left = sum(np.count_nonzero(v) == v.shape.num_elements() for v in model.trainable_variables)
+    assert left == len(model.trainable_variables) - len(weights)  # nothing else has lost a weight
+    assert keras.saving.serialize_keras_object(model) == config and "keras_sparse" not in str(config)
 
 
 def test_which_plain_layers():
-    """Depthwise kernels hold few weights and much accuracy: never."""
+    """Depthwise kernels hold few weights and much accuracy: only where they are asked for."""
     inner = sequential(
         (8, 8, 6), layers.Conv2D(6, 3, padding="same", name="conv"), layers.BatchNormalization(name="bn")
     )
@@ -221,11 +265,124 @@ def test_which_plain_layers():
     y = layers.DepthwiseConv1D(3, name="depthwise1d")(y)
     y = layers.MultiHeadAttention(2, 3, name="attention")(y, y)
     model = keras.Model(x, layers.SpectralNormalization(layers.Dense(2, name="last"), name="norm")(y))
-    attention = [f"attention/{part}" for part in ("query", "key", "value", "attention_output")]
+    attention = [f"attention/{part}" for part in ATTENTION]
     assert names(model) == ["stem", "block/conv", "shared", *attention, "norm/last"]
-    for pattern in ("depthwise", "depthwise1d", layers.DepthwiseConv2D, "block/bn", "flat"):
+    for pattern in ("block/bn", "flat", layers.Reshape):
         with pytest.raises(ValueError, match="`include` must name layers that can be pruned here; '.*' .* cannot"):
             masked_weights(model, include=pattern)
+    assert names(model, include="depthwise") == ["depthwise"]
+    assert names(model, include=layers.DepthwiseConv1D) == ["depthwise1d"]
+    # What encloses a layer stands for what is in it.
+    assert names(model, include=["block", layers.MultiHeadAttention]) == ["block/conv", *attention]
+    assert names(model, include=keras.Model) == ["block/conv"]
+    assert names(model, exclude=["attention", "block", "depthwise"]) == ["stem", "shared", "norm/last"]
+
+
+def test_single_weights_of_a_layer():
+    """By path and key; those that are off by default come in by their own name alone."""
+    model = sequential(
+        (9, 4),
+        layers.SeparableConv1D(6, 3, name="sep"),
+        layers.Bidirectional(layers.LSTM(3, name="lstm"), name="both"),
+        layers.Dense(2, name="head"),
+    )
+    ways = [f"both/{way}_lstm/lstm_cell" for way in ("forward", "backward")]
+    cells = [f"{way}/{key}" for way in ways for key in RNN]
+    recurrent = cells[1::2]
+    assert names(model) == ["sep/pointwise_kernel", *cells, "head"]
+    assert names(model, include=["sep", "head"]) == ["sep/pointwise_kernel", "head"]
+    assert names(model, include="sep/.*") == ["sep/depthwise_kernel", "sep/pointwise_kernel"]
+    assert names(model, include="sep/depthwise_kernel") == ["sep/depthwise_kernel"]
+    assert names(model, include=".*/recurrent_kernel") == recurrent
+    assert names(model, include=recurrent[0]) == recurrent[:1]
+    assert names(model, include=layers.LSTM) == cells
+    assert names(model, include="both", exclude=".*/kernel") == recurrent
+    assert names(model, exclude=["both", "sep/depthwise_kernel"]) == ["sep/pointwise_kernel", "head"]
+    targets = {".*/recurrent_kernel": 0.25, "both": 0.75, "head/kernel": 0.0}
+    pruning = GradualPruning(OneShot(0.5), targets=targets)
+    pruning.start(model)
+    wanted = {name: 0.25 if name in recurrent else 0.75 if name in cells else 0.0 for name in names(model)}
+    wanted["sep/pointwise_kernel"] = 0.5
+    assert pruning.history[0]["layers"] == pytest.approx(wanted, abs=0.02)
+
+
+class Gated(layers.Layer):
+    """A user's own layer: an attribute, a list of weights, a vector."""
+
+    def build(self, shape):
+        self.w_in = self.add_weight(shape=(shape[-1], 8), name="w_in")
+        self.gates = [self.add_weight(shape=(8, 8), name=f"gate_{i}") for i in range(2)]
+        self.scale = self.add_weight(shape=(8,), name="scale")
+        self.kernel = self.add_weight(shape=(8, 3), name="kernel")
+
+    def call(self, x):
+        x = keras.ops.matmul(x, self.w_in) * self.scale
+        return keras.ops.matmul(keras.ops.matmul(keras.ops.matmul(x, self.gates[0]), self.gates[1]), self.kernel)
+
+
+class Declared(Gated):
+    def get_prunable_weights(self):
+        return [self.w_in, self.gates[1], self.scale]
+
+
+def test_weights_of_ones_own_layers(fit):
+    def network(make=Gated):
+        inner = sequential((8,), make(name="inner"))
+        inner.name = "block"
+        return sequential((6,), make(name="outer"), layers.Dense(8, "tanh", name="dense"), inner)
+
+    assert names(network()) == ["outer", "dense", "block/inner"]  # what is called `kernel`
+    own = [f"{path}/{key}" for path in ("outer", "block/inner") for key in ("w_in", "gate_1")]
+    assert names(network(Declared)) == [*own[:2], "dense", *own[2:]]
+    assert names(network(), weights={Gated: ["w_in", "gate_1"]}) == [*own[:2], "dense", *own[2:]]
+    assert names(network(), weights={Gated: "gate_0"}) == ["outer", "dense", "block/inner"]
+    assert names(network(), weights={"block": ["w_in", "kernel"]}) == [
+        "outer",
+        "dense",
+        "block/inner/w_in",
+        "block/inner/kernel",
+    ]
+    assert names(network(), weights={"o.*r": ("w_in", "gate_0")}, include="outer") == ["outer/w_in", "outer/gate_0"]
+    sparse = ks.sparsify(network(), "weight")
+    assert names(sparse) == ["dense"]
+    assert names(sparse, weights={"outer": "w_in"}) == ["outer", "dense"]
+    for weights, message in (
+        ({"nothing": "w_in"}, r"`weights` must match a layer; the layers are 'outer', 'dense', 'block/inner'"),
+        ({Gated: "w_out"}, r"`weights` must name weights of rank 2 .* 'Gated' matches; 'outer' has 'w_in' \(6, 8\), "),
+        ({Gated: ["w_in", "scale"]}, r"weights of rank 2 or more .*'scale' \(8,\).*Received: weights='scale'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            masked_weights(network(), weights=weights)
+    model = network()
+    fit(model, GradualPruning(OneShot(0.5, 3), weights={Gated: ["w_in", "gate_1"]}), epochs=1)
+    for path in ("outer", "block/inner"):
+        layer = model.get_layer("outer") if path == "outer" else model.get_layer("block").get_layer("inner")
+        zeros = {v.name: int((to_numpy(v) == 0).sum()) for v in layer.weights}
+        size = layer.w_in.shape[0] * 8
+        assert zeros == {"w_in": size // 2, "gate_0": 0, "gate_1": 32, "scale": 0, "kernel": 0}
+
+
+def test_granularities_need_channels():
+    """Where the last two axes are not input and output channels, only single weights can be told apart."""
+    shared = sequential((8, 8, 4), layers.Conv2D(6, 3, name="conv"))
+    assert masked_weights(shared, ks.granularity.get("feature_map"))[0].mask().shape == (1, 1, 1, 6)
+    rows = sequential((9,), layers.Embedding(11, 5, name="table"), layers.LSTM(3, name="lstm"))
+    shapes = [weight.mask().shape for weight in masked_weights(rows, ks.granularity.get("channel"))]
+    assert shapes == [(11, 1), (5, 1), (3, 1)]
+    matrix = sequential((9, 4), layers.EinsumDense("abc,cd->abd", output_shape=(None, 3)))
+    assert masked_weights(matrix, ks.granularity.get("group"))[0].mask().shape == (4, 1)
+    for shape, layer in (
+        ((9, 9, 4), layers.Conv2DTranspose(6, 3, name="x")),
+        ((9, 9, 4), layers.DepthwiseConv2D(3, name="x")),
+        ((9, 4), layers.EinsumDense("abc,cde->abde", output_shape=(None, 3, 5), name="x")),
+        ((9, 4), layers.EinsumDense("abc,dc->abd", output_shape=(None, 3), name="x")),
+    ):
+        model = sequential(shape, layer)
+        assert masked_weights(model, ks.granularity.get("weight"), include="x")
+        with pytest.raises(
+            ValueError, match="`granularity` must be 'weight' for 'x': .* Received: granularity='channel'"
+        ):
+            masked_weights(model, ks.granularity.get("channel"), include="x")
 
 
 def test_zeros_count_as_pruned():
