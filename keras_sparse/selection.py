@@ -14,6 +14,7 @@ __all__ = [
     "flatten_layers",
     "kernel_variable",
     "matches",
+    "own_prunable",
     "parents_of",
     "prunable_weights",
     "select",
@@ -140,7 +141,7 @@ def prunable_weights(model, weights=None):
     layers = {path: (layer, parents) for path, layer, parents in _walk(model) if not isinstance(layer, keras.Model)}
     by_variable = {}
     for path, (layer, parents) in layers.items():
-        keyed = _own_prunable(layer)
+        keyed = own_prunable(layer)
         named = {}
         for pattern, keys in wanted.items():
             if not (matches(pattern, path, layer) or any(matches(pattern, *parent) for parent in parents)):
@@ -180,7 +181,8 @@ def ends_in_channels(weight):
     return rank in (2, 4) or taps
 
 
-def _own_prunable(layer):
+def own_prunable(layer):
+    """Return `{key: (variable, by_default)}` of a single layer, as in `prunable_weights`."""
     if callable(getattr(layer, "get_prunable_weights", None)) and layer.built:
         own = {variable.name: (variable, True) for variable in layer.get_prunable_weights()}
         return {key: entry for key, entry in own.items() if _is_prunable(entry[0])}

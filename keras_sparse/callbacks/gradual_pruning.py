@@ -22,8 +22,9 @@ class GradualPruning(ScheduledMasks):
     \(t\) takes place after \(t\) updates of the weights. Nothing but the model and its optimizer holds state: a
     run resumed by `keras.callbacks.BackupAndRestore` goes on as the uninterrupted one would.
 
-    The layers are the model's sparse layers. In a model without any, the kernels of its plain layers are pruned in
-    place, and it remains the plain Keras model it is.
+    The layers are the model's sparse layers. In a model without any, the weights of its plain layers are pruned in
+    place, and it remains the plain Keras model it is: kernels, recurrent kernels, embeddings, pointwise kernels, in
+    wrappers, cells and attention layers too. Depthwise kernels are left alone unless `include` names them.
 
     `fit` logs `sparsity`, the share of zeros among the pruned kernels' weights, for the progress bar, `History`, and
     `TensorBoard` or `CSVLogger` callbacks that stand after this one.
@@ -48,13 +49,18 @@ class GradualPruning(ScheduledMasks):
         granularity: Name or `Granularity`; `None` takes the layers' own, `"weight"` for plain layers.
         criterion: Name (`"magnitude"`, `"l2"`, `"mean"`, `"max"`, `"random"`) or `ks.criteria.Criterion`.
         allocation: `"uniform"`, `"global"`, or an `Allocation`.
-        include: Which layers: name, path in a nested model, regular expression, layer class, or a list of these.
+        include: Which layers: name, path in a nested model, regular expression, layer class, or a list of these. A
+            model or wrapper stands for the layers in it, `"rnn/cell/recurrent_kernel"` for a single weight.
         exclude: The same, for layers to leave alone; wins over `include`.
-        targets: Final sparsities of single layers, `{name, path or regular expression: sparsity}`. Such a layer
+        targets: Final sparsities of single layers, `{name, path, regular expression or class: sparsity}`. Such a layer
             follows the schedule's curve, stretched to its own end; the allocation shares the target over the others.
+        weights: Which weights of a layer, `{name, path, regular expression or class: weight or list of weights}`, by
+            the names of attributes or variables: `{MyLayer: ["w_in", "w_out"]}`. They take the place of those that
+            would be pruned in the layer.
 
     Attributes:
-        history: List of dicts, one an update: `step`, `sparsity` and `layers`, `{path: sparsity}`.
+        history: List of dicts, one an update: `step`, `sparsity` and `layers`, `{name: sparsity}`. The name is the
+            layer's path, `"rnn/cell/kernel"` where several of a layer's weights are pruned.
 
     Raises:
         TypeError: If an argument is of the wrong kind.

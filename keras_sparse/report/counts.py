@@ -67,12 +67,11 @@ def _kernels(layer):
     if isinstance(layer, BaseSparse):
         mask, shape = ops.convert_to_numpy(layer.mask) != 0, tuple(layer._kernel.shape)
         return [(np.broadcast_to(mask, shape), tuple(size // units for size, units in zip(shape, mask.shape)))]
-    # Depthwise layers call their only kernel `kernel`, separable ones have two and call none of them so.
-    names = ("depthwise_kernel", "pointwise_kernel", "recurrent_kernel", "_embeddings")
-    variables = [selection.kernel_variable(layer), *(getattr(layer, name, None) for name in names)]
+    # A wrapper may show the kernel of the layer within as its own.
+    own = {id(w) for w in _own_weights(layer)}
     found = []
-    for variable in variables:
-        if isinstance(variable, keras.Variable):
+    for variable, _ in selection.own_prunable(layer).values():
+        if id(variable) in own:
             values = ops.convert_to_numpy(variable)
             found.append((values != 0, None))
     return found

@@ -26,8 +26,8 @@ Different, each asserted below:
    one apart where the product is half a weight from a whole number, and more in kernels of over 2**24 weights.
 10. With `steps_per_execution=k` TFMOT updates masks within an execution, at the very step; callbacks see every k-th
     step only, and ours makes up for what fell due since, with the sparsity of that step.
-11. TFMOT prunes, beside `kernel`, the recurrent kernels of RNNs, `Embedding` and the pointwise kernels of separable
-    convolutions; ours are the variables called `kernel`. Neither touches depthwise convolutions.
+11. Both prune kernels, recurrent kernels, embeddings and pointwise kernels, and leave depthwise ones alone. TFMOT goes
+    by a table of layers, and asks any other for `get_prunable_weights()`; ours by the names of weights, in any layer.
 """
 
 import keras
@@ -420,6 +420,8 @@ def test_which_variables():
     )
     pruning = ks.callbacks.GradualPruning(ours.OneShot(0.5))
     pruning.start(model)
-    assert list(pruning.history[0]["layers"]) == ["lstm/lstm_cell", "dense"]
+    recurrent = ["lstm/lstm_cell/kernel", "lstm/lstm_cell/recurrent_kernel"]
+    assert list(pruning.history[0]["layers"]) == ["embedding", "separable/pointwise_kernel", *recurrent, "dense"]
+    assert weights[tf_keras.layers.LSTM] == ["kernel", "recurrent_kernel"]
     cell = model.get_layer("lstm").cell
-    assert np.count_nonzero(keras.ops.convert_to_numpy(cell.recurrent_kernel)) == 100
+    assert np.count_nonzero(keras.ops.convert_to_numpy(cell.recurrent_kernel)) == 50
