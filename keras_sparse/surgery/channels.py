@@ -57,7 +57,7 @@ class Call:
 
     Attributes:
         path: Path of the layer as `selection.flatten_layers` has it; `None` for an operation.
-        layer: The layer or operation; `None` where a tensor is only looked at along another axis.
+        layer: The layer or operation.
         kind: `"kernel"`, `"elementwise"`, `"copy"` or `"mix"`; see the module's table.
         inputs: List of `Channels`, one for each tensor that is passed.
         outputs: List of `Channels`.
@@ -65,6 +65,8 @@ class Call:
             as long as the output's; an array of size 1 is broadcast.
         coupled: Whether an output's values depend on those of all outputs, as in a softmax or a layer normalization:
             a channel has its own path through such a call, but cannot be removed without changing the others.
+        node: Keras's record of the call, with its arguments and symbolic tensors.
+        training: Whether it is called with `training=True`, itself or within a nested model.
     """
 
     path: str | None
@@ -74,6 +76,8 @@ class Call:
     outputs: list
     sources: list = dataclasses.field(default_factory=list)
     coupled: bool = False
+    node: object = None
+    training: bool = False
 
 
 class ChannelGraph:
@@ -86,6 +90,7 @@ class ChannelGraph:
         size: Number of identities; they are 0 to `size - 1`.
         calls: List of `Call` in the order of execution. A shared layer has several, with identities of their own.
         inputs, outputs: Lists of `Channels` of the model's inputs and outputs.
+        nested: List of pairs of a nested model and the list of `Channels` that it is called on, one for each call.
 
     Raises:
         ValueError: If the model has no graph of its own that Keras could show.
@@ -97,8 +102,11 @@ class ChannelGraph:
             validation.fail("model", "be a Sequential or functional model whose layers know their shapes", model.name)
         self.size = 0
         self.calls = []
+        self.nested = []
+        self._training = False
         self._paths = {id(layer): path for path, layer in selection.flatten_layers(model).items()}
-        self.inputs = [self._new(tensor.shape) for tensor in functional.inputs]
+        first = _readers_in(functional, "channels_first")
+        self.inputs = [self._new(t.shape, 1 if id(t) in first else -1) for t in functional.inputs]
         self.outputs = self._walk(functional, self.inputs)
 
     # Making it
@@ -127,19 +135,24 @@ class ChannelGraph:
 
     def _call(self, node, inputs):
         layer = node.operation
+        training = self._training or node.arguments.kwargs.get("training") is True
         if is_graph(layer):
             functional = functional_graph(layer)
             # Tensors come in the order in which Keras flattens a structure, unless it matches them by name.
             passed = node.arguments.args[0] if node.arguments.args else None
             if functional is not None and isinstance(passed, dict) == isinstance(functional.input, dict):
                 if len(functional.inputs) == len(inputs):
-                    return self._walk(functional, inputs)
+                    self.nested.append((layer, inputs))
+                    outer, self._training = self._training, training
+                    outputs = self._walk(functional, inputs)
+                    self._training = outer
+                    return outputs
         rule = _rule(layer)
         call = rule(self, node, inputs) if rule else None
         if call is None:  # unknown, or used in a way that the rule does not cover
             axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
             call = Call(None, layer, "mix", inputs, [self._new(tensor.shape, axis) for tensor in node.outputs])
-        call.path = self._paths.get(id(layer))
+        call.path, call.node, call.training = self._paths.get(id(layer)), node, training
         self.calls.append(call)
         return call.outputs
 
@@ -318,10 +331,20 @@ class ChannelGraph:
             if call.kind != "mix" and getattr(call.layer, "weights", None):
                 for one, other in zip(first.setdefault(id(call.layer), both), both):
                     tie(one.ids, other.ids)
+        for model, inputs in self.nested:  # whose inputs have one shape in all calls
+            for one, other in zip(first.setdefault(id(model), inputs), inputs):
+                tie(one.ids, other.ids)
         classes = np.array([root(i) for i in range(self.size)], int)
         of_class = np.zeros(self.size, bool)
         of_class[classes[fixed]] = True
         return classes, of_class[classes]
+
+
+def _readers_in(functional, data_format):
+    """Return the ids of the tensors that layers of this data format read."""
+    nodes = [node for nodes in functional._nodes_by_depth.values() for node in nodes]
+    read = [n.arguments.keras_tensors for n in nodes if getattr(n.operation, "data_format", None) == data_format]
+    return {id(tensor) for tensors in read for tensor in tensors}
 
 
 def connection_table(layer):
@@ -409,9 +432,9 @@ def _rule_for_kernel(graph, node, inputs):
     axis = _channel_axis(layer, rank)
     if len(inputs) != 1:
         return None
-    if inputs[0].axis != axis:  # each place along this axis holds values of all channels, as with images channels first
+    if inputs[0].axis != axis:  # each place along this axis holds values of all channels
         turned = graph._new(node.arguments.keras_tensors[0].shape, axis)
-        graph.calls.append(Call(None, None, "mix", inputs, [turned]))
+        graph.calls.append(Call(None, layers.Identity(), "mix", inputs, [turned], node=node))
         inputs = [turned]
     return Call(None, layer, "kernel", inputs, [graph._new(node.outputs[0].shape, axis)], coupled=_is_coupled(layer))
 

@@ -39,7 +39,7 @@ def functional_graph(model):
     return model._functional if isinstance(model, keras.Sequential) else model
 
 
-def transform(model, exchange, inference=False):
+def transform(model, exchange, inference=False, nested_inputs=None):
     """Return a new model in which `exchange` replaced layers; all other layers are copied.
 
     Nested models are opened, and a layer that is called several times, in one model or in several, stays one layer.
@@ -49,6 +49,8 @@ def transform(model, exchange, inference=False):
         exchange: Called with each layer. Returns `None` to copy it, or a pair of a new unbuilt layer and a function
             `transfer(old, new)` that sets the new layer's weights once it is built.
         inference: Whether the new model is only called: it is not compiled then, and may lose a `train_step`.
+        nested_inputs: Called with each nested model. Returns new input tensors in the structure of its own ones, where
+            their shapes change, or `None`.
 
     Returns:
         The new model. Where `model` was compiled, so is the result, with a fresh optimizer.
@@ -61,7 +63,8 @@ def transform(model, exchange, inference=False):
     def clone(layer):
         if is_graph(layer):
             # By hand: `recursive=True` goes one level deep in older Keras 3.
-            return keras.models.clone_model(layer, clone_function=clone, cache=copies)
+            inputs = nested_inputs(layer) if nested_inputs else None
+            return keras.models.clone_model(layer, inputs, clone_function=clone, cache=copies)
         exchanged = exchange(layer)
         if exchanged is None:
             copy, transfer = _copy_layer(layer), _copy_state

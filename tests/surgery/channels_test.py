@@ -86,12 +86,22 @@ def test_channels_first():
     x = layers.Flatten(**options)(layers.DepthwiseConv2D(1, **options)(x))
     graph = ChannelGraph(keras.Model(inputs, layers.Dense(2, name="d")(x)))
     calls = {call.path: call for call in graph.calls}
-    # The input's channel axis is not known before a layer reads it, which costs nothing: all of it is there.
-    assert [call.layer for call in graph.calls if call.kind == "mix"] == [None]
-    assert calls["a"].outputs[0].axis == 1 and calls["a"].outputs[0].ids.size == 4
+    assert "mix" not in [call.kind for call in graph.calls]
+    assert [calls["a"].inputs[0].axis, calls["a"].outputs[0].axis] == [1, 1] and calls["a"].outputs[0].ids.size == 4
     # Flatten moves the channels to the end first.
     depthwise = next(call for call in graph.calls if call.kind == "elementwise")
     np.testing.assert_array_equal(calls["d"].inputs[0].ids, np.tile(depthwise.outputs[0].ids, 3 * 2))
+
+
+def test_a_layer_that_reads_along_another_axis_reads_all_channels():
+    x = inputs = keras.Input((6, 5, 4))
+    model = keras.Model(inputs, conv(2, name="b")(layers.Permute((3, 1, 2))(conv(3, name="a")(x))))
+    graph = ChannelGraph(model)
+    assert [call.kind for call in graph.calls] == ["kernel", "copy", "mix", "kernel"]
+    assert graph.kernels()["b"][0].inputs[0].ids.size == 5
+    table = np.zeros((4, 3))
+    table[:, 1] = 1
+    assert graph.alive({"a": table})[graph.outputs[0].ids].all()
 
 
 def test_flatten_and_reshape_against_numbers():
