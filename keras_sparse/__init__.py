@@ -7,7 +7,7 @@ import keras
 from keras_sparse import callbacks, criteria, granularity, initializers, layers, report, schedules, storage, surgery
 from keras_sparse.report import count, plot_patterns, plot_process, plot_tradeoff, summary
 from keras_sparse.storage import load_compressed, save_compressed
-from keras_sparse.surgery import depth_multiplier, random_tables, sparsify, strip
+from keras_sparse.surgery import depth_multiplier, random_tables, shrink, sparsify, strip
 
 __all__ = [
     "__version__",
@@ -29,6 +29,7 @@ __all__ = [
     "report",
     "save_compressed",
     "schedules",
+    "shrink",
     "sparsify",
     "storage",
     "strip",

@@ -16,6 +16,7 @@ from keras_sparse import ops, probing, selection, validation
 from keras_sparse.engine import inference, machine, planner, timing
 from keras_sparse.layers import BaseSparse
 from keras_sparse.surgery import fusion
+from keras_sparse.surgery.shrink import shrink_counted
 from keras_sparse.surgery.sparsify import dense_twin
 from keras_sparse.surgery.transform import check_supported, transform
 
@@ -53,6 +54,9 @@ def export(
     | `"compact"` | TensorFlow's, over channels that hold any weight | stock TensorFlow                   |
     | `"dense"`   | TensorFlow's, zeros included                     | stock TensorFlow                   |
 
+    `"op"` and `"compact"` first remove the channels that nothing reads and those that are constant, as `ks.shrink`
+    does.
+
     Around a layer with zeros, layers are computed together where one alone reads the other: batch normalisation
     behind it goes into its weights; a ReLU or ReLU6, the sum of a residual block and a `ZeroPadding2D` before a
     convolution are part of its routine. They are measured together as well.
@@ -73,8 +77,9 @@ def export(
         verbose: Whether the progress and the choice for each layer are printed.
 
     Returns:
-        The plan, as written: `{"backend", "layers": {path: {"routine", "bytes", "milliseconds"}}, "model", ...}`,
-        with milliseconds by routine and batch size.
+        The plan, as written: `{"backend", "layers": {path: {"routine", "bytes", "milliseconds"}}, "removed": {path:
+        {"inputs", "outputs"}}, "model", ...}`, with milliseconds by routine and batch size, and for each layer that
+        lost channels how many of how many.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong kind or outside its range, or the model is subclassed
@@ -96,15 +101,17 @@ def export(
             f"Received: backend={backend!r}"
         )
     started = time.time()
-    units = _units(model)
-    plans, routines = {}, {}
+    units, removed = _units(model), {}
     if candidates:
-        plans, routines = _plan(model, units, candidates, routine, batch_sizes, input_shape, verbose)
-    routines = {path: built for path, built in routines.items() if plans[path].routine != "dense"}
-    exported = _with_routines(model, units, routines)
+        smaller, removed = shrink_counted(model, inference=True)
+        smaller_units = _units(smaller)
+        plans, routines = _plan(smaller, smaller_units, candidates, routine, batch_sizes, input_shape, verbose)
+        routines = {path: built for path, built in routines.items() if plans[path].routine != "dense"}
+        exported = _with_routines(smaller, smaller_units, routines)
+    else:
+        plans, routines, exported = {}, {}, _with_routines(model, units, {})
     milliseconds = {}
-    measured = routine == "auto" and any(plan.routine != "dense" for plan in plans.values())
-    if measured:
+    if routine == "auto" and (routines or removed):
         milliseconds = _measure_models(
             {"dense": _with_routines(model, units, {}), backend: exported}, model, input_shape, batch_sizes
         )
@@ -117,12 +124,14 @@ def export(
             )
             exported = _with_routines(model, units, {})
             plans = {path: planner.LayerPlan("dense", p.bytes, p.milliseconds) for path, p in plans.items()}
+            removed = {}
     plan = {
         "backend": backend,
         "routine": routine,
         "batch_sizes": batch_sizes,
         "model": milliseconds,
         "layers": {path: vars(layer_plan) for path, layer_plan in plans.items()},
+        "removed": removed,
         "machine": machine.describe(),
         "tensorflow": tf.__version__,
     }
@@ -322,6 +331,8 @@ def _write(model, path, plan):
 
 
 def _print_plan(plan, path, seconds):
+    for layer, counts in plan["removed"].items():
+        print("  {}: {} of {} inputs and {} of {} outputs removed".format(layer, *counts["inputs"], *counts["outputs"]))
     for layer, choice in plan["layers"].items():
         times = ", ".join(
             f"{routine} {'/'.join(f'{ms:.3f}' for ms in by_batch.values())}"

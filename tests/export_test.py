@@ -155,6 +155,66 @@ def test_a_model_that_got_slower_is_exported_dense_with_a_warning(tmp_path, monk
     assert_close(ks.load(tmp_path / "m")(examples(model)).numpy(), model.predict(examples(model), verbose=0))
 
 
+def network_with_empty_maps():
+    """Group masks; the second convolution reads 5 of 16 maps of the first, and one filter of the third is zero."""
+    inputs = keras.Input((9, 8, 3))
+    x = keras.layers.BatchNormalization()(keras.layers.Conv2D(16, 3, padding="same", name="first")(inputs))
+    x = keras.layers.Conv2D(64, 3, padding="same", name="second")(keras.layers.ReLU()(x))
+    x = keras.layers.Conv2D(64, 1, use_bias=False, name="third")(x)
+    x = keras.layers.Conv2D(4, 1, name="last")(x)
+    model = ks.sparsify(keras.Model(inputs, x), "group", exclude=["third", "last"])
+    pattern = np.random.default_rng(2).random((3, 3, 16, 1)) < 0.4
+    pattern[1, 1] = True
+    pattern[:, :, 5:] = False
+    model.get_layer("second").assign_mask(pattern)
+    kernel = np.random.default_rng(3).standard_normal((1, 1, 64, 64))
+    kernel[..., 7] = 0
+    model.get_layer("third").kernel.assign(kernel)
+    return model
+
+
+REMOVED = {
+    "first": {"inputs": [0, 3], "outputs": [11, 16]},
+    "second": {"inputs": [11, 16], "outputs": [0, 64]},
+    "third": {"inputs": [0, 64], "outputs": [1, 64]},
+    "last": {"inputs": [1, 64], "outputs": [0, 4]},
+}
+
+
+@pytest.mark.parametrize(("backend", "routine"), [("op", "thinned"), ("compact", "compact"), ("dense", "auto")])
+def test_channels_that_nothing_reads_are_not_exported(tmp_path, capsys, backend, routine):
+    model = network_with_empty_maps()
+    plan = ks.export(model, tmp_path / "m", backend, routine=routine)
+    assert plan["removed"] == ks.load(tmp_path / "m").plan["removed"] == ({} if backend == "dense" else REMOVED)
+    if backend != "dense":
+        assert "first: 0 of 3 inputs and 11 of 16 outputs removed" in capsys.readouterr().out
+    assert_close(ks.load(tmp_path / "m")(examples(model)).numpy(), model.predict(examples(model), verbose=0))
+    constants = {"op": 9 * 64 * 5 * 0.4, "compact": 9 * 64 * 5, "dense": 9 * 64 * 16}[backend] + 64 * 64
+    assert (tmp_path / "m" / "saved_model.pb").stat().st_size == pytest.approx(4 * constants, rel=0.15, abs=20_000)
+
+
+def test_groups_run_thinned_where_that_wins(tmp_path, monkeypatch):
+    def fake(functions, shapes, *args, **options):
+        return {name: {"thinned": 0.1, "op": 0.1, "connection": 0.2}.get(name, 1.0) for name in functions}
+
+    monkeypatch.setattr(timing, "alternate", fake)
+    model = network_with_empty_maps()
+    plan = ks.export(model, tmp_path / "m", verbose=False)
+    assert plan["layers"]["second"]["routine"] == "thinned" and plan["removed"] == REMOVED
+    assert b"ThinnedConv2D" in (tmp_path / "m" / "saved_model.pb").read_bytes()
+    assert_close(ks.load(tmp_path / "m")(examples(model)).numpy(), model.predict(examples(model), verbose=0))
+
+
+def test_channels_stay_where_removing_them_is_slower(tmp_path, monkeypatch):
+    def fake(functions, shapes, *args, **options):
+        return {name: 2.0 if name == "compact" else 1.0 for name in functions}
+
+    monkeypatch.setattr(timing, "alternate", fake)
+    with pytest.warns(UserWarning, match="slower than the dense one at batch size"):
+        plan = ks.export(network_with_empty_maps(), tmp_path / "m", "compact", verbose=False)
+    assert plan["removed"] == {} and set(plan["model"]) == {"dense", "compact"}
+
+
 def test_a_plain_model_pruned_in_place_runs_sparse(tmp_path):
     model = keras.Sequential([keras.layers.Input((8, 8, 4)), keras.layers.Conv2D(16, 3), keras.layers.Conv2D(4, 3)])
     kernel, bias = model.layers[0].get_weights()

@@ -479,8 +479,10 @@ def _rule_for_concatenation(graph, node, inputs):
 
 
 def _copied(node, inputs, axis=None, coupled=False):
-    channels = inputs[0] if axis is None else Channels(axis, inputs[0].ids)
-    return Call(None, node.operation, "copy", inputs, [channels] * len(node.outputs), coupled=coupled)
+    # A new object for each tensor: the values of two tensors with the same channels differ.
+    axis = inputs[0].axis if axis is None else axis
+    outputs = [Channels(axis, inputs[0].ids) for _ in node.outputs]
+    return Call(None, node.operation, "copy", inputs, outputs, coupled=coupled)
 
 
 def _rule_for_values(graph, node, inputs):
