@@ -1,13 +1,25 @@
 """Allocations: from one target for the network to a count of kept units for every layer."""
 
 import dataclasses
+import math
 
 import keras
 import numpy as np
 
 from keras_sparse import validation
 
-__all__ = ["Allocation", "Candidate", "Global", "Uniform", "get", "names", "units_to_keep"]
+__all__ = [
+    "Allocation",
+    "Candidate",
+    "ErdosRenyi",
+    "ErdosRenyiKernel",
+    "Global",
+    "LayerwiseConstant",
+    "Uniform",
+    "get",
+    "names",
+    "units_to_keep",
+]
 
 
 @dataclasses.dataclass
@@ -15,12 +27,22 @@ class Candidate:
     """What an allocation is told of one weight tensor.
 
     Attributes:
-        scores: Array of the mask's shape; `-inf` marks units that must not be chosen before any other.
-        unit_size: Weights in one unit.
+        scores: Array of the units' shape; `-inf` marks units that must not be chosen before any other.
+        unit_size: Weights in one unit, or an array of them where units differ.
+        shape: Shape of the tensor, input and output channels last.
+        preferred: Array of booleans, the units to keep before all others whatever their scores, or `None`.
     """
 
     scores: np.ndarray
-    unit_size: int
+    unit_size: int | np.ndarray
+    shape: tuple = ()
+    preferred: np.ndarray | None = None
+
+    @property
+    def weights(self):
+        """Number of weights, and those of every unit."""
+        sizes = np.broadcast_to(self.unit_size, self.scores.shape).ravel()
+        return int(sizes.sum(dtype="int64")), sizes
 
 
 def units_to_keep(units, sparsity):
@@ -45,6 +67,13 @@ class Allocation:
             List of integers, one a candidate.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `allocate(sparsity, candidates)`.")
+
+    def allocate_at(self, schedule, step, candidates):
+        """Return the number of units to keep in each candidate at an update step of a schedule."""
+        return self.allocate(schedule(step), candidates)
+
+    def check(self, schedule):
+        """Raise where the layers cannot be pruned along a schedule in this way."""
 
     def get_config(self):
         return {}
@@ -81,36 +110,141 @@ class Global(Allocation):
     """
 
     def allocate(self, sparsity, candidates):
-        scores, sizes, owners = [], [], []
+        scores, preferred, sizes, owners, total = [], [], [], [], 0
         for index, candidate in enumerate(candidates):
             flat = np.array(candidate.scores, "float64").ravel()
             if np.isnan(flat).any():
                 validation.fail("scores", "hold no NaN (has training diverged?)", f"candidate {index}")
+            # A layer without a rule of its own stands beside the preferred units of one that has.
+            first = np.ones(flat.size, bool) if candidate.preferred is None else candidate.preferred.ravel().copy()
             if flat.size:
-                flat[np.argmax(flat)] = np.inf
+                best = np.argmax(np.where(first, flat, -np.inf) if first.any() else flat)
+                flat[best], first[best] = np.inf, True
             scores.append(flat)
-            sizes.append(np.full(flat.size, candidate.unit_size, "int64"))
+            preferred.append(first)
+            weights, own_sizes = candidate.weights
+            total += weights
+            sizes.append(own_sizes)
             owners.append(np.full(flat.size, index, "int64"))
         if not scores:
             return []
-        total = sum(candidate.scores.size * candidate.unit_size for candidate in candidates)
         target = (1.0 - sparsity) * total
         # Asked again, as by a resumed run, for what is in place: with units of several sizes, the sums over units in an
         # order that has changed meanwhile would come closer to the target with another count.
         available = [int((flat > -np.inf).sum()) for flat in scores]
-        weights = sum(count * candidate.unit_size for count, candidate in zip(available, candidates))
-        if abs(weights - target) <= max(candidate.unit_size for candidate in candidates) / 2:
+        weights = sum(int(own[flat > -np.inf].sum()) for flat, own in zip(scores, sizes))
+        if abs(weights - target) <= max(int(own.max(initial=0)) for own in sizes) / 2:
             return available
-        order = np.argsort(-np.concatenate(scores), kind="stable")
+        order = np.lexsort((-np.concatenate(scores), ~np.concatenate(preferred)))
         sizes = np.concatenate(sizes)[order]
-        kept_weights = np.concatenate([[0], np.cumsum(sizes)])
+        kept_weights = np.concatenate([[0], np.cumsum(sizes, dtype="int64")])
         units = int(np.argmin(np.abs(kept_weights - target)))
         # The best unit of every layer stands first in the order; none of them may fall to the rounding.
         units = max(units, sum(1 for flat in scores if flat.size))
         return np.bincount(np.concatenate(owners)[order[:units]], minlength=len(candidates)).tolist()
 
 
-_BY_NAME = {"uniform": Uniform, "global": Global}
+@_register
+class LayerwiseConstant(Allocation):
+    r"""One layer after another, each to the final sparsity (Zhu & Gupta, 2017, section 4.3, "layerwise constant").
+
+    The interval from `begin_step` to `end_step` is divided evenly among the \(L\) layers, in the order of the model.
+    In its part, layer \(k = 0, \dots, L - 1\) runs through the whole curve \(s\) of the schedule; before it, the layer
+    is dense, after it, at the final sparsity:
+
+    $$s_k(t) = s\left(\min\left(t_0 + L\,(t - t_0) - k\,(t_1 - t_0),\; t_1\right)\right)$$
+
+    with \(t_0\) = `begin_step`, \(t_1\) = `end_step`. Under `ConstantSparsity` each layer is pruned at once, at the
+    first update of its part. Between two parts the network can recover. `frequency` should leave every layer some
+    updates.
+
+    Raises:
+        ValueError: Before training, if the schedule has no interval to divide.
+    """
+
+    def allocate(self, sparsity, candidates):
+        return [units_to_keep(candidate.scores.size, sparsity) for candidate in candidates]
+
+    def allocate_at(self, schedule, step, candidates):
+        begin, end = schedule.begin_step, schedule.end_step
+        elapsed = len(candidates) * (step - begin)
+        steps = [min(begin + elapsed - index * (end - begin), end) for index in range(len(candidates))]
+        return [
+            units_to_keep(c.scores.size, schedule(own) if own >= begin else 0.0) for c, own in zip(candidates, steps)
+        ]
+
+    def check(self, schedule):
+        if schedule.end_step <= schedule.begin_step:
+            rule = "have an `end_step` after its `begin_step`, to be divided among the layers ('layerwise_constant')"
+            validation.fail("schedule", rule, schedule)
+        if schedule.densifies:
+            validation.fail("schedule", "not lower the sparsity where layers go one by one", schedule)
+
+
+class _ByShape(Allocation):
+    """Densities in proportion to a function of the tensors' shapes, at most 1.
+
+    What a layer whose density would exceed 1 cannot take is shared among the others, in the same proportion.
+    """
+
+    def _proportion(self, shape):
+        raise NotImplementedError
+
+    def allocate(self, sparsity, candidates):
+        if not candidates:
+            return []
+        sizes = np.array([candidate.weights[0] for candidate in candidates], "float64")
+        proportions = np.array([self._proportion(candidate.shape) for candidate in candidates], "float64")
+        dense = np.zeros(len(candidates), bool)
+        while True:
+            left = (1.0 - sparsity) * sizes.sum() - sizes[dense].sum()
+            shares = (sizes * proportions)[~dense].sum()
+            factor = left / shares if shares else 0.0
+            above = ~dense & (factor * proportions >= 1.0)
+            if not above.any():
+                break
+            dense |= above
+        densities = np.where(dense, 1.0, factor * proportions)
+        return [units_to_keep(c.scores.size, 1.0 - density) for c, density in zip(candidates, densities)]
+
+
+@_register
+class ErdosRenyi(_ByShape):
+    r"""Erdos-Renyi random graphs: the density of a layer falls with its width (Mocanu et al., 2018, equation 1).
+
+    $$d_l = \min\left(1,\; \varepsilon\,\frac{n_\mathrm{in} + n_\mathrm{out}}{n_\mathrm{in}\,n_\mathrm{out}}\right)$$
+
+    with the input and output channels \(n_\mathrm{in}, n_\mathrm{out}\) of layer \(l\) and \(\varepsilon\) such that
+    all layers together meet the target: where a density is cut off at 1, the others are raised. Counts are rounded to
+    units in each layer, and a layer always keeps one.
+    """
+
+    def _proportion(self, shape):
+        return sum(shape[-2:]) / math.prod(shape[-2:])
+
+
+@_register
+class ErdosRenyiKernel(_ByShape):
+    r"""Erdos-Renyi-Kernel (ERK): as `ErdosRenyi`, with the taps of convolutions counted (Evci et al., 2020, section 3).
+
+    $$d_l = \min\left(1,\; \varepsilon\,\frac{n_\mathrm{in} + n_\mathrm{out} + k_h + k_w}
+    {n_\mathrm{in}\,n_\mathrm{out}\,k_h\,k_w}\right)$$
+
+    for a kernel of \(k_h \times k_w\) taps; for others the sum and the product of all axes of the tensor. Layers with
+    few weights, as the first one and 1x1 convolutions, stay denser.
+    """
+
+    def _proportion(self, shape):
+        return sum(shape) / math.prod(shape)
+
+
+_BY_NAME = {
+    "uniform": Uniform,
+    "global": Global,
+    "layerwise_constant": LayerwiseConstant,
+    "erdos_renyi": ErdosRenyi,
+    "erk": ErdosRenyiKernel,
+}
 
 
 def names():

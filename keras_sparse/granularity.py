@@ -14,16 +14,22 @@ with no taps:
 
 Whatever follows (scores, counting, storage, plots) reduces over the axes where the mask has size 1 and needs
 no other knowledge of the granularity.
+
+Two families have a finer structure than a broadcast: `n_m(n, m)` keeps n of every m weights along the input channels,
+and `block(rows, columns)` prunes tiles of input by output channels. Their masks have the shape of `weight`, or of
+`connection`. The units of a block are not its mask's entries: `units_shape` is the shape of scores, `expand` and
+`contract` lead from units to mask and back.
 """
 
 import math
+import re
 
 import keras
 import numpy as np
 
 from keras_sparse import validation
 
-__all__ = ["Granularity", "get", "names", "broadcastable"]
+__all__ = ["Block", "Granularity", "NM", "block", "broadcastable", "get", "n_m", "names", "serialize"]
 
 
 @keras.saving.register_keras_serializable(package="keras_sparse")
@@ -51,12 +57,46 @@ class Granularity:
         kept = (self.taps,) * (len(kernel_shape) - 2) + (self.inputs, self.outputs)
         return tuple(size if keep else 1 for size, keep in zip(kernel_shape, kept))
 
+    def units_shape(self, kernel_shape):
+        """Return the shape of the units, which scores have: that of the mask, but for blocks."""
+        return self.mask_shape(kernel_shape)
+
     def unit_size(self, kernel_shape):
-        """Return how many weights one unit holds."""
+        """Return how many weights one unit holds, the largest where they differ."""
         return math.prod(kernel_shape) // max(math.prod(self.mask_shape(kernel_shape)), 1)
 
+    def unit_sizes(self, kernel_shape):
+        """Return the number of weights of every unit, in the shape of the units."""
+        return np.broadcast_to(self.unit_size(kernel_shape), self.units_shape(kernel_shape))
+
+    @property
+    def is_single_weights(self):
+        """Whether each weight is a unit and any set of them may be kept, so that no axis has to mean anything."""
+        return self.taps and self.inputs and self.outputs
+
+    @property
+    def least_sparsity(self):
+        """The sparsity from which on the granularity's own rule holds: 0 where it has none."""
+        return 0.0
+
+    def expand(self, units, kernel_shape):
+        """Return the mask that an array of units, zeros and ones, stands for."""
+        return units
+
+    def contract(self, mask, kernel_shape):
+        """Return the units of which a mask keeps anything."""
+        return mask
+
+    def accepts(self, mask, kernel_shape):
+        """Return whether a mask of the right shape is made of whole units."""
+        return True
+
+    def admits(self, other):
+        """Return whether masks of this structure keep it when whole units of another granularity are pruned."""
+        return True
+
     def reduce(self, array, function):
-        """Reduce an array of the kernel's shape to the mask's shape.
+        """Reduce an array of the kernel's shape to the units' shape.
 
         Args:
             array: NumPy array of the kernel's shape.
@@ -74,9 +114,9 @@ class Granularity:
         added to them.
 
         Args:
-            scores: Array of the mask's shape, one score a unit; must hold no NaN.
+            scores: Array of the units' shape, one score a unit; must hold no NaN.
             keep: Number of units to keep, between 0 and `scores.size`.
-            previous: Optional mask of the same shape that the result must be a subset or a superset of.
+            previous: Optional units of the same shape that the result must be a subset or a superset of.
 
         Returns:
             Array of 0 and 1, float32, of the shape of `scores`.
@@ -88,17 +128,32 @@ class Granularity:
         if np.isnan(scores).any():
             validation.fail("scores", "hold no NaN (has training diverged?)", f"{np.isnan(scores).sum()} NaN")
         if previous is None:
-            chosen = _highest(scores.ravel(), keep)
+            before = np.ones(scores.size, bool)
         else:
             before = np.asarray(previous).ravel() != 0
             if before.size != scores.size:
                 validation.fail("previous", f"have the shape of scores, {scores.shape}", np.shape(previous))
-            kept = int(before.sum())
-            pool = np.flatnonzero(before if keep <= kept else ~before)
-            among = _highest(scores.ravel()[pool], keep if keep <= kept else keep - kept)
-            chosen = np.zeros(scores.size, bool) if keep <= kept else before.copy()
+        fewer = keep <= int(before.sum())
+        chosen = np.zeros(scores.size, bool) if fewer else before.copy()
+        wanted = keep - int(chosen.sum())
+        for pool in self._pools(scores, before, fewer):
+            pool = np.flatnonzero(pool)
+            among = _highest(scores.ravel()[pool], min(wanted, pool.size))
             chosen[pool[among]] = True
+            wanted -= int(among.sum())
         return chosen.reshape(scores.shape).astype("float32")
+
+    def preferred(self, scores):
+        """Return which units are to stay before all others whatever their scores, or `None` where scores alone decide.
+
+        Args:
+            scores: Array of the units' shape; `-inf` where a unit is pruned already.
+        """
+        return None
+
+    def _pools(self, scores, before, fewer):
+        """Return the units to choose among, in rounds: whoever is in the first one stays or comes first."""
+        return [before if fewer else ~before]
 
     def get_config(self):
         return {"name": self.name, "taps": self.taps, "inputs": self.inputs, "outputs": self.outputs}
@@ -115,6 +170,170 @@ class Granularity:
 
     def __repr__(self):
         return f"<Granularity {self.name}>"
+
+
+@keras.saving.register_keras_serializable(package="keras_sparse")
+class NM(Granularity):
+    r"""At most `n` of every `m` weights along the input channels.
+
+    The input channels of each output, and of each tap of a convolution, are cut into runs of `m`; the last run is
+    shorter where `m` does not divide them. The pattern of sparse matrix units is 2 of 4 (Mishra et al., 2021, section
+    3).
+
+    Under a rising sparsity, the `n` best of each run stay until all others are gone. From a sparsity of
+    \(1 - n / m\) on no run holds more than `n`; schedules must reach at least that. Beyond it the `n` themselves go.
+
+    Args:
+        n: Weights to keep of each run, at least 1.
+        m: Length of a run, greater than `n`.
+
+    Raises:
+        TypeError: If one is not an integer.
+        ValueError: If `n` is below 1 or not below `m`.
+    """
+
+    def __init__(self, n, m):
+        self.n = validation.integer("n", n, at_least=1)
+        self.m = validation.integer("m", m, at_least=1)
+        if self.n >= self.m:
+            validation.fail("n", f"be below m, {self.m}: n of every m weights are kept", n)
+        super().__init__(f"{self.n}:{self.m}", taps=True, inputs=True, outputs=True)
+
+    @property
+    def is_single_weights(self):
+        return False
+
+    @property
+    def least_sparsity(self):
+        return 1.0 - self.n / self.m
+
+    def preferred(self, scores):
+        channels = scores.shape[-2]
+        pad = [(0, 0)] * scores.ndim
+        pad[-2] = (0, -channels % self.m)
+        # The padding ranks below what is pruned, so that it never takes a place.
+        alive = np.pad(np.where(np.isneginf(scores), 0.0, 1.0), pad)
+        padded = np.pad(scores, pad, constant_values=-np.inf)
+        runs = padded.reshape(*scores.shape[:-2], -1, self.m, scores.shape[-1])
+        order = np.argsort(-runs, axis=-2, kind="stable")
+        ranks = np.argsort(order, axis=-2, kind="stable").reshape(padded.shape)
+        return ((ranks < self.n) & (alive > 0))[..., :channels, :]
+
+    def _pools(self, scores, before, fewer):
+        in_place = before.reshape(scores.shape)
+        preferred = self.preferred(
+            np.where(in_place, scores if fewer else np.inf, -np.inf if fewer else scores)
+        ).ravel()
+        pool = before if fewer else ~before
+        return [pool & preferred, pool & ~preferred]
+
+    def admits(self, other):
+        return other == self
+
+    def get_config(self):
+        return {"n": self.n, "m": self.m}
+
+
+@keras.saving.register_keras_serializable(package="keras_sparse")
+class Block(Granularity):
+    """Tiles of `rows` input channels by `columns` output channels.
+
+    The tiles at the edges are smaller where the channels do not divide. In a convolution a block holds one tap of its
+    connections, or all taps with `taps=False`.
+
+    Args:
+        rows: Input channels of a block, at least 1.
+        columns: Output channels of a block, at least 1.
+        taps: Whether different taps are different blocks.
+
+    Raises:
+        TypeError: If a size is not an integer.
+        ValueError: If a size is below 1.
+    """
+
+    def __init__(self, rows, columns, taps=True):
+        self.rows = validation.integer("rows", rows, at_least=1)
+        self.columns = validation.integer("columns", columns, at_least=1)
+        name = f"block({self.rows}, {self.columns})" if taps else f"block({self.rows}, {self.columns}, taps=False)"
+        super().__init__(name, taps=taps, inputs=True, outputs=True)
+
+    @property
+    def is_single_weights(self):
+        return False
+
+    def units_shape(self, kernel_shape):
+        *taps, inputs, outputs = self.mask_shape(kernel_shape)
+        return (*taps, -(-inputs // self.rows), -(-outputs // self.columns))
+
+    def unit_size(self, kernel_shape):
+        rows, columns = min(self.rows, kernel_shape[-2]), min(self.columns, kernel_shape[-1])
+        return super().unit_size(kernel_shape) * rows * columns
+
+    def unit_sizes(self, kernel_shape):
+        weights = super().unit_size(kernel_shape)
+        rows, columns = (
+            np.minimum(size, length - size * np.arange(-(-length // size)))
+            for size, length in zip((self.rows, self.columns), kernel_shape[-2:])
+        )
+        return np.broadcast_to(weights * np.outer(rows, columns), self.units_shape(kernel_shape))
+
+    def expand(self, units, kernel_shape):
+        *_, inputs, outputs = kernel_shape
+        tiled = np.repeat(np.repeat(units, self.rows, axis=-2), self.columns, axis=-1)
+        return tiled[..., :inputs, :outputs]
+
+    def contract(self, mask, kernel_shape):
+        return self._over_tiles(np.asarray(mask), np.max, ())
+
+    def accepts(self, mask, kernel_shape):
+        return bool((self.expand(self.contract(mask, kernel_shape), kernel_shape) == mask).all())
+
+    def admits(self, other):
+        return other == self
+
+    def reduce(self, array, function):
+        return self._over_tiles(array, function, () if self.taps else tuple(range(array.ndim - 2)))
+
+    def _over_tiles(self, array, function, axes):
+        """Reduce over tiles, and over `axes` with them: full tiles at once, those of each edge for themselves."""
+        inputs, outputs = array.shape[-2:]
+        bands = [
+            np.concatenate(
+                [
+                    self._over_full_tiles(array[..., top:bottom, left:right], function, axes)
+                    for left, right in _cuts(outputs, self.columns)
+                ],
+                axis=-1,
+            )
+            for top, bottom in _cuts(inputs, self.rows)
+        ]
+        return np.concatenate(bands, axis=-2)
+
+    def _over_full_tiles(self, array, function, axes):
+        *taps, inputs, outputs = array.shape
+        rows, columns = min(self.rows, inputs), min(self.columns, outputs)
+        tiles = array.reshape(*taps, inputs // rows, rows, outputs // columns, columns)
+        reduced = function(tiles, axis=(*axes, array.ndim - 1, array.ndim + 1), keepdims=True)
+        return reduced.reshape(*reduced.shape[: len(taps)], inputs // rows, outputs // columns)
+
+    def get_config(self):
+        return {"rows": self.rows, "columns": self.columns, "taps": self.taps}
+
+
+def _cuts(length, size):
+    """Return where the full tiles of an axis begin and end, and where the rest does."""
+    full = length - length % size
+    return [cut for cut in ((0, full), (full, length)) if cut[0] < cut[1]]
+
+
+def n_m(n, m):
+    """Return the granularity that keeps `n` of every `m` weights along the input channels; `"2:4"` is `n_m(2, 4)`."""
+    return NM(n, m)
+
+
+def block(rows, columns, taps=True):
+    """Return the granularity that prunes tiles of `rows` input by `columns` output channels, each tap for itself."""
+    return Block(rows, columns, taps)
 
 
 def _highest(scores, keep):
@@ -143,7 +362,7 @@ _GRANULARITIES = {
 
 
 def names():
-    """Return the names that `get` understands."""
+    """Return the names that `get` understands, beside `"n:m"`."""
     return tuple(_GRANULARITIES)
 
 
@@ -155,12 +374,15 @@ def get(identifier):
         return keras.saving.deserialize_keras_object(identifier)
     if not isinstance(identifier, str):
         validation.fail("granularity", "be a name or a Granularity", identifier, TypeError)
+    pattern = re.fullmatch(r"(\d+):(\d+)", identifier)
+    if pattern:
+        return NM(*map(int, pattern.groups()))
     return _GRANULARITIES[validation.one_of("granularity", identifier, names())]
 
 
 def serialize(granularity):
     """Return what `get` needs to make the granularity again: its name where the name is enough."""
-    if _GRANULARITIES.get(granularity.name) == granularity:
+    if _GRANULARITIES.get(granularity.name) == granularity or isinstance(granularity, NM):
         return granularity.name
     return keras.saving.serialize_keras_object(granularity)
 

@@ -46,9 +46,9 @@ class GradualPruning(ScheduledMasks):
 
     Args:
         schedule: A `ks.schedules.Schedule`.
-        granularity: Name or `Granularity`; `None` takes the layers' own, `"weight"` for plain layers.
+        granularity: Name, `"n:m"` or `Granularity`; `None` takes the layers' own, `"weight"` for plain layers.
         criterion: Name (`"magnitude"`, `"l2"`, `"mean"`, `"max"`, `"random"`) or `ks.criteria.Criterion`.
-        allocation: `"uniform"`, `"global"`, or an `Allocation`.
+        allocation: `"uniform"`, `"global"`, `"layerwise_constant"`, `"erdos_renyi"`, `"erk"`, or an `Allocation`.
         include: Which layers: name, path in a nested model, regular expression, layer class, or a list of these. A
             model or wrapper stands for the layers in it, `"rnn/cell/recurrent_kernel"` for a single weight.
         exclude: The same, for layers to leave alone; wins over `include`.
@@ -85,19 +85,25 @@ class GradualPruning(ScheduledMasks):
         self.allocation = allocations.get(allocation)
         self.include = include
         self.exclude = exclude
+        self.allocation.check(self.schedule)
         self.targets = _check_targets(targets)
         self.weights = weights
 
     def _take(self, model):
         weights = masked_weights(model, self.granularity, self.include, self.exclude, self.weights)
         self._own_target = _match_targets(self.targets, weights)
+        for weight, own in zip(weights, self._own_target):
+            least, final = weight.granularity.least_sparsity, self.schedule.final_sparsity if own is None else own
+            if final < least - 1e-9:
+                rule = f"end at a sparsity of at least {least:g} for '{weight.name}', of granularity "
+                argument = "schedule" if own is None else "targets"
+                validation.fail(argument, f"{rule}'{weight.granularity.name}'", final)
         return weights
 
     def _apply(self, step):
-        sparsity = self.schedule(step)
         masks = [weight.mask() for weight in self._weights]
         scores = [self._scores(weight, mask) for weight, mask in zip(self._weights, masks)]
-        for weight, mask, score, keep in zip(self._weights, masks, scores, self._share(sparsity, scores)):
+        for weight, mask, score, keep in zip(self._weights, masks, scores, self._share(step, scores)):
             kept = int(np.count_nonzero(mask))
             if not self.schedule.densifies:
                 keep = min(keep, kept)  # a model that is sparser already stays so
@@ -117,15 +123,16 @@ class GradualPruning(ScheduledMasks):
         # What is pruned ranks last, so that an allocation over layers chooses among what is left.
         return scores if self.schedule.densifies else np.where(mask != 0, scores, -np.inf)
 
-    def _share(self, sparsity, scores):
+    def _share(self, step, scores):
         """Return the number of units to keep in each weight."""
+        sparsity = self.schedule(step)
         keep = [None] * len(scores)
         for index, target in enumerate(self._own_target):
             if target is not None:
                 keep[index] = allocations.units_to_keep(scores[index].size, self._stretch(sparsity, target))
         rest = [index for index, target in enumerate(self._own_target) if target is None]
-        candidates = [allocations.Candidate(scores[i], self._weights[i].unit_size) for i in rest]
-        for index, units in zip(rest, self.allocation.allocate(sparsity, candidates)):
+        candidates = [self._weights[i].candidate(scores[i]) for i in rest]
+        for index, units in zip(rest, self.allocation.allocate_at(self.schedule, step, candidates)):
             keep[index] = units
         return keep
 

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sparse import allocation as allocations
 from keras_sparse import granularity as granularities
 from keras_sparse import selection, validation
 from keras_sparse.layers import BaseSparse
@@ -21,7 +22,7 @@ class MaskedWeight:
         layer: The layer.
         variable: The `keras.Variable` that is trained.
         granularity: The `Granularity` the callback prunes at.
-        mask: NumPy array of the granularity's shape, zeros and ones.
+        mask: NumPy array of the shape of the granularity's units, zeros and ones.
     """
 
     def __init__(self, weight, granularity):
@@ -36,7 +37,7 @@ class MaskedWeight:
         raise NotImplementedError
 
     def mask(self):
-        """Return the mask, of the granularity's shape, as a NumPy array."""
+        """Return which units are kept, as a NumPy array of zeros and ones."""
         raise NotImplementedError
 
     def kept(self):
@@ -44,7 +45,7 @@ class MaskedWeight:
         return self.mask()
 
     def assign(self, mask):
-        """Set the mask; pruned weights are zero from here on, returning ones start at zero."""
+        """Set which units are kept; pruned weights are zero from here on, returning ones start at zero."""
         raise NotImplementedError
 
     def fill(self, values, where):
@@ -55,8 +56,12 @@ class MaskedWeight:
 
     def pruned(self):
         """Return how many of the kernel's weights the mask sets to zero."""
-        mask = self.mask()
-        return (mask.size - int(np.count_nonzero(mask))) * self.unit_size
+        return int(self.unit_sizes[self.mask() == 0].sum())
+
+    def candidate(self, scores):
+        """Return what an allocation is told of this weight."""
+        preferred = self.granularity.preferred(scores)
+        return allocations.Candidate(scores, self.unit_sizes, self._kernel_shape, preferred)
 
     def release(self):
         """Called when training begins: undo what a run that an exception ended has left behind."""
@@ -79,6 +84,10 @@ class MaskedWeight:
         return self.granularity.unit_size(self._kernel_shape)
 
     @property
+    def unit_sizes(self):
+        return self.granularity.unit_sizes(self._kernel_shape)
+
+    @property
     def _kernel_shape(self):
         return tuple(self.variable.shape)
 
@@ -91,7 +100,7 @@ class LayerMask(MaskedWeight):
         granularity = granularity or layer.granularity
         super().__init__(weight, granularity)
         shape, own = granularity.mask_shape(self._kernel_shape), tuple(layer.mask.shape)
-        if not granularities.broadcastable(shape, own):
+        if not (granularities.broadcastable(shape, own) and layer.granularity.admits(granularity)):
             validation.fail(
                 "granularity",
                 f"be None or one whose units hold whole units of layer '{self.name}', which has granularity "
@@ -106,11 +115,13 @@ class LayerMask(MaskedWeight):
         own = _to_numpy(self.layer.mask)
         shape = self.granularity.mask_shape(self._kernel_shape)
         axes = tuple(i for i, (have, want) in enumerate(zip(own.shape, shape)) if have != want)
-        return own.max(axis=axes, keepdims=True) if axes else own
+        return self.granularity.contract(own.max(axis=axes, keepdims=True) if axes else own, self._kernel_shape)
 
     def assign(self, mask):
-        # A coarser granularity than the layer's own writes whole blocks and leaves what was pruned inside them.
-        if mask.shape != tuple(self.layer.mask.shape):
+        units, mask = mask, self.granularity.expand(mask, self._kernel_shape)
+        # A coarser granularity than the layer's own writes whole units and leaves what was pruned inside them.
+        coarser = units.shape != mask.shape and self.granularity != self.layer.granularity
+        if coarser or mask.shape != tuple(self.layer.mask.shape):
             mask = mask * _to_numpy(self.layer.mask)
         self.layer.assign_mask(mask)
 
@@ -133,7 +144,7 @@ class InPlaceMask(MaskedWeight):
     def __init__(self, weight, granularity):
         super().__init__(weight, granularity or granularities.get("weight"))
         shape = self.granularity.mask_shape(self._kernel_shape)
-        if shape != self._kernel_shape and not selection.ends_in_channels(weight):
+        if not self.granularity.is_single_weights and not selection.ends_in_channels(weight):
             rule = (
                 f"be 'weight' for '{self.name}': the last two axes of its {weight.key}, of shape {self._kernel_shape}, "
                 "are not input and output channels"
@@ -146,13 +157,14 @@ class InPlaceMask(MaskedWeight):
         return _to_numpy(self.variable)
 
     def mask(self):
-        return _to_numpy(self._mask)
+        return self.granularity.contract(_to_numpy(self._mask), self._kernel_shape)
 
     def kept(self):
         return self.granularity.reduce(self.kernel() != 0, np.max).astype("float32")
 
     def assign(self, mask):
-        kept_throughout = self.mask() * mask
+        mask = self.granularity.expand(mask, self._kernel_shape)
+        kept_throughout = _to_numpy(self._mask) * mask
         self._mask.assign(mask)
         self.variable.assign(ops.multiply(self.variable, ops.cast(kept_throughout, self.variable.dtype)))
 
@@ -172,7 +184,8 @@ class InPlaceMask(MaskedWeight):
         if getattr(model, "train_function", None) is not None:
             model.make_train_function(force=True)  # traced without the constraint, possibly
         mask = self.granularity.reduce(self.kernel() != 0, np.max).astype("float32")
-        self._mask.assign(mask if mask.any() else np.ones_like(mask))
+        mask = mask if mask.any() else np.ones_like(mask)
+        self._mask.assign(self.granularity.expand(mask, self._kernel_shape))
 
     def after_batch(self, optimizer):
         if keras.backend.backend() == "jax":

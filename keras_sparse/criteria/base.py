@@ -21,7 +21,7 @@ class Criterion:
             name: Path of the weight in its model; criteria that draw at random use it to tell weights apart.
 
         Returns:
-            NumPy array of shape `granularity.mask_shape(kernel.shape)`.
+            NumPy array of shape `granularity.units_shape(kernel.shape)`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `scores(kernel, granularity, name)`.")
 

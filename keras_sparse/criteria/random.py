@@ -32,7 +32,7 @@ class Random(Criterion):
     def scores(self, kernel, granularity, name=""):
         # crc32 rather than hash(): the same in every process.
         generator = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-        return generator.random(granularity.mask_shape(np.shape(kernel)))
+        return generator.random(granularity.units_shape(np.shape(kernel)))
 
     def get_config(self):
         return {"seed": self.seed}

@@ -64,7 +64,13 @@ class BaseSparse:
         mask = self.mask_initializer(shape, dtype=dtype)
         with contextlib.suppress(NotImplementedError):  # in a layer built within a tf.function
             _check_binary("mask_initializer", mask)
+            self._check_units("mask_initializer", mask)
         return mask
+
+    def _check_units(self, argument, mask):
+        mask = ops.convert_to_numpy(mask)
+        if not self.granularity.accepts(mask, mask.shape):
+            validation.fail(argument, f"keep or prune whole units of granularity '{self.granularity.name}'", mask)
 
     @property
     def kernel(self):
@@ -88,6 +94,7 @@ class BaseSparse:
             rule = f"have the shape of the mask of layer '{self.name}', {tuple(self.mask.shape)}"
             validation.fail("mask", rule, mask.shape)
         _check_binary("mask", mask)
+        self._check_units("mask", mask)
         kept_throughout = ops.multiply(self.mask, ops.cast(mask, self.mask.dtype))
         self._kernel.assign(ops.multiply(self._kernel, kept_throughout))
         self.mask.assign(mask)

@@ -268,6 +268,42 @@ def test_targets_of_single_layers(cnn, allocation):
         assert_same({"point": masks_of(pruning)["point"]}, masks_of(reference))
 
 
+def test_layer_after_layer(cnn, fit, recorder, kind):
+    """Each layer runs through the whole curve in its third of the interval; the others wait, or stay as they are."""
+    schedule = PolynomialDecay(0.0, 0.75, 2, 14, frequency=2)
+    pruning = GradualPruning(schedule, allocation="layerwise_constant", targets={"head": 0.5})
+    model, record = cnn(kind, "weight"), recorder(pruning)
+    fit(model, pruning, record)
+    for step, masks in zip(record.steps, record.masks):
+        for index, (name, size) in enumerate((("conv", 72), ("point", 24))):
+            progress = min(max(min(step - step % 2, 14) - (2 + 6 * index), 0) / 6, 1)
+            assert masks[name].sum() == round(size * (0.25 + 0.75 * (1 - progress) ** 3)), (step, name)
+    assert [kept(masks)["head"] for masks in (record.masks[0], record.masks[-1])] == [18, 9]
+    for schedule in (OneShot(0.5), ConstantSparsity(0.5, 0)):
+        with pytest.raises(ValueError, match="`schedule` must have an `end_step` after its `begin_step`"):
+            GradualPruning(schedule, allocation="layerwise_constant")
+
+
+@pytest.mark.parametrize("allocation", ks.callbacks.gradual_pruning.allocations.names())
+def test_masks_stand_once_the_final_sparsity_is_reached(cnn, fit, recorder, allocation):
+    """Whatever becomes of the weights, and also where the schedule has updates left."""
+    schedules = [PolynomialDecay(0.0, 0.75, 2, 8, frequency=3)]
+    if allocation != "layerwise_constant":
+        schedules.append(ConstantSparsity(0.75, 2, frequency=2))
+    for schedule in schedules:
+        model, generator = cnn("sparse", "weight"), np.random.default_rng(0)
+        pruning = GradualPruning(schedule, allocation=allocation)
+        pruning.start(model)
+        for step in range(1, 9):
+            pruning.update(step)
+        masks = masks_of(pruning)
+        assert 1 - sum(kept(masks).values()) / 114 == pytest.approx(0.75, abs=0.02)
+        for step in range(9, 15):
+            shake(model, generator)
+            pruning.update(step)
+            assert_same(masks_of(pruning), masks)
+
+
 def test_targets_for_all_layers_and_beyond_the_curve(mlp, fit):
     model, pruning = mlp(), GradualPruning(OneShot(0.3), allocation="global", targets={"a": 0.25, "b": 0.75})
     fit(model, pruning, epochs=1)

@@ -473,6 +473,81 @@ def test_granularities_coarser_than_the_layers(own):
         assert pruning.history[0]["sparsity"] == pytest.approx(1 - np.broadcast_to(mask, (3, 3, 4, 8)).mean())
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_n_of_m(cnn, fit, recorder, kind, allocation):
+    """Gradually, along ragged runs of input channels, in plain and in sparse layers."""
+    granularity = ks.granularity.n_m(2, 4)
+    pruning = GradualPruning(PolynomialDecay(0.0, 0.5, 2, 10, frequency=4), "2:4", allocation=allocation)
+    model, record = cnn(kind, "weight"), recorder(pruning)
+    fit(model, pruning, record, epochs=1)
+    for kernels, masks in zip(record.kernels, record.masks):
+        assert_zero_where_pruned(kernels, masks)
+    pruned = {layer.name: to_numpy(layer.kernel) != 0 for layer in model.layers if hasattr(layer, "kernel")}
+    for name, kept in pruned.items():
+        assert granularity.preferred(np.where(kept, 1.0, -np.inf))[kept].all(), name  # 2 of 4 at most
+    total = sum(kept.size for kept in pruned.values())
+    # `conv` has but two input channels: globally it stays dense, and half of all weights is more than the rule takes.
+    assert sum(kept.sum() for kept in pruned.values()) == pytest.approx(total / 2, abs=1)
+    if allocation == "uniform":
+        assert all(kept.sum() == kept.size // 2 for kept in pruned.values())
+
+
+def test_n_of_m_must_be_reached(mlp, fit):
+    for options, argument in (
+        ({"schedule": OneShot(0.4)}, "schedule"),
+        ({"schedule": OneShot(0.5), "targets": {"a": 0.25}}, "targets"),
+    ):
+        with pytest.raises(ValueError, match=f"`{argument}` must end at a sparsity of at least 0.5 for 'a', .* '2:4'"):
+            fit(mlp(), GradualPruning(granularity="2:4", **options))
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("taps", [True, False])
+def test_blocks(cnn, fit, recorder, kind, allocation, taps):
+    """Tiles of 2 x 4 channels: whole ones and those of the edges are kept or pruned together."""
+    block = ks.granularity.block(2, 4, taps)
+    pruning = GradualPruning(PolynomialDecay(0.0, 0.6, 2, 10, frequency=4), block, "mean", allocation)
+    model, record = cnn(kind, block), recorder(pruning)
+    fit(model, pruning, record, epochs=1)
+    for name, kernel in stored(model).items():
+        units = record.masks[-1][name]
+        assert units.shape == block.units_shape(kernel.shape)
+        assert_zero_where_pruned({name: kernel}, {name: block.expand(units, kernel.shape)})
+    kernels = stored(model).values()
+    zeros = sum((kernel == 0).sum() for kernel in kernels) / sum(kernel.size for kernel in kernels)
+    assert pruning.history[-1]["sparsity"] == pytest.approx(zeros)
+    if allocation == "uniform":
+        for units in record.masks[-1].values():
+            assert units.sum() == max(1, round(units.size * 0.4))
+    elif taps:  # to half a unit
+        assert zeros == pytest.approx(0.6, abs=4 / 114)
+
+
+def test_masks_of_blocks_are_made_of_blocks():
+    block = ks.granularity.block(2, 4)
+    model = sequential((6,), ks.layers.SparseDense(8, granularity=block, name="a"))
+    layer = model.get_layer("a")
+    mask = np.ones((6, 8), "float32")
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match=r"`mask` must keep or prune whole units of granularity 'block\(2, 4\)'"):
+        layer.assign_mask(mask)
+    mask[:2, :4] = 0
+    layer.assign_mask(mask)
+    with pytest.raises(ValueError, match="`mask_initializer` must keep or prune whole units"):
+        wrong = ks.layers.SparseDense(8, granularity=block, mask_initializer=ks.initializers.RandomMask(0.5))
+        wrong.build((None, 6))
+    for other in ("weight", "feature_map", ks.granularity.block(2, 2), "2:4"):
+        with pytest.raises(ValueError, match="`granularity` must be None or one whose units hold whole units"):
+            masked_weights(model, ks.granularity.get(other))
+    # A callback's blocks leave what a layer of single weights has pruned in them.
+    fine = sequential((6,), ks.layers.SparseDense(8, name="a")).get_layer("a")
+    pattern = (np.arange(48) % 3 > 0).reshape(6, 8).astype("float32")
+    fine.assign_mask(pattern)
+    (weight,) = masked_weights(sequential((6,), fine), block)
+    weight.assign(np.array([[1, 0], [0, 1], [1, 1]], "float32"))
+    np.testing.assert_array_equal(to_numpy(fine.mask), pattern * block.expand(weight.mask(), (6, 8)))
+
+
 def test_finer_than_the_layers_raises_before_training(cnn, fit):
     model = cnn("sparse", "feature_map")
     weights = model.get_weights()
