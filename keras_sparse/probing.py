@@ -70,27 +70,41 @@ def record_calls(model, input_shape=None):
     """Return `{path: [LayerCall, ...]}`: the shapes of every call of every layer for one example.
 
     The model is run once on zeros, so shared layers, nested models and layers that subclassed parts call in their own
-    code are all seen as they are used.
+    code are all seen as they are used. A model made for batches of one size is run on such a batch.
     """
     shapes = concrete_input_shapes(model, input_shape)
     layers = selection.flatten_layers(model)
     calls = {path: [] for path in layers}
+    batch_size = keras.tree.flatten(input_structure(model))[0].shape[0] or 1
+    states = [state for layer in layers.values() if getattr(layer, "stateful", False) for state in _states(layer)]
+    before = [keras.ops.convert_to_numpy(state) for state in states]
     with contextlib.ExitStack() as stack:
         for path, layer in layers.items():
-            stack.enter_context(_recording(layer, calls[path]))
-        model(zeros_like_inputs(model, shapes), training=False)
+            stack.enter_context(_recording(layer, calls[path], batch_size))
+        model(zeros_like_inputs(model, shapes, batch_size), training=False)
+    for state, value in zip(states, before):
+        state.assign(value)
     return calls
 
 
+def _states(layer):
+    """Return the variables in which a stateful recurrent layer keeps what it hands on to the next batch."""
+    return [state for state in keras.tree.flatten(getattr(layer, "states", None)) if isinstance(state, keras.Variable)]
+
+
 @contextlib.contextmanager
-def _recording(layer, calls):
+def _recording(layer, calls, batch_size):
     original = layer.call
+
+    def of_one_example(tensor):
+        shape = tuple(np.shape(tensor))
+        return (shape[0] // batch_size, *shape[1:]) if batch_size > 1 and shape else shape
 
     def call(*args, **kwargs):
         outputs = original(*args, **kwargs)
         first_input = keras.tree.flatten((args, kwargs))[0]
         first_output = keras.tree.flatten(outputs)[0]
-        calls.append(LayerCall(tuple(np.shape(first_input)), tuple(np.shape(first_output))))
+        calls.append(LayerCall(of_one_example(first_input), of_one_example(first_output)))
         return outputs
 
     # Past Keras's attribute tracking, which would take the method for a part of the layer's state.

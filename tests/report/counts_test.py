@@ -66,6 +66,24 @@ def test_zeros_of_a_plain_layer_are_counted():
     assert (entry["nnz"], entry["connections"], entry["madds"]) == (6 + 3, 6, 6)
 
 
+def test_a_stateful_model_for_batches_of_one_size():
+    model = keras.Sequential(
+        [
+            keras.Input(batch_shape=(3, 5), dtype="int32"),
+            keras.layers.Embedding(11, 4),
+            keras.layers.LSTM(6, return_sequences=True, stateful=True, name="rnn"),
+            keras.layers.Dense(7, name="dense"),
+        ]
+    )
+    model(np.ones((3, 5)))
+    states = [np.asarray(state) for state in model.get_layer("rnn").states]
+    entry = ks.count(model)["layers"]
+    assert entry["dense"]["madds"] == 5 * 6 * 7
+    assert any(state.any() for state in states)
+    for state, before in zip(model.get_layer("rnn").states, states):
+        np.testing.assert_array_equal(np.asarray(state), before)
+
+
 def test_shared_and_nested_layers():
     inputs = keras.Input((8, 8, 4))
     shared = keras.layers.Conv2D(4, 3, padding="same", name="shared")
