@@ -215,6 +215,14 @@ CASES = [
         "'s'",
     ),
     (
+        "rounded to nothing",
+        lambda: ks.depth_multiplier(cnn(), 0.2, rounding=int),
+        ValueError,
+        "rounding",
+        "the 0.8 filters of 'conv'",
+        "0",
+    ),
+    (
         "multiply nothing",
         lambda: ks.depth_multiplier(cnn(), 0.5, exclude="conv"),
         ValueError,

@@ -1,5 +1,7 @@
 """Depth multiplier: the same network with fewer filters in every convolution."""
 
+import math
+
 import keras
 import numpy as np
 
@@ -16,7 +18,7 @@ _CONVOLUTIONS = (
 )
 
 
-def depth_multiplier(model, multiplier, of="filters", include=None, exclude=None):
+def depth_multiplier(model, multiplier, of="filters", include=None, exclude=None, rounding=None):
     r"""Return a new network that has \(\lceil \alpha n \rceil\) filters where each convolution of `model` has \(n\).
 
     With \(\alpha\) the multiplier, parameters and multiply-adds of a layer become about \(\alpha^2\) of what they were
@@ -45,6 +47,8 @@ def depth_multiplier(model, multiplier, of="filters", include=None, exclude=None
             matched against the whole of either, a layer class, or a list of these. `None`: all convolutions whose
             channels are not the prediction. A layer that is named is thinned in any case, also a dense one.
         exclude: The same, for layers to keep as they are; wins over `include`.
+        rounding: Function from the scaled number of filters of a layer, a float, to the number it gets. `None`: rounded
+            up. `lambda n: max(8, int(n) // 8 * 8)` gives the multiples of 8 that the counts of Table 1 are of.
 
     Returns:
         A new model with new initial weights. What preprocessing layers have adapted to is kept. Compiled like `model`,
@@ -52,9 +56,10 @@ def depth_multiplier(model, multiplier, of="filters", include=None, exclude=None
 
     Raises:
         TypeError: If `model` is no Keras model or `multiplier` no number.
-        ValueError: If `multiplier` is outside (0, 1], `model` is subclassed or not built, no layer is left to thin,
-            or the network cannot be made with these numbers of channels: an addition of layers whose filters are
-            rounded apart, groups that do not divide them, a `Reshape` that mixes channels.
+        ValueError: If `multiplier` is outside (0, 1], `rounding` gives no positive integer, `model` is subclassed or
+            not built, no layer is left to thin, or the network cannot be made with these numbers of channels: an
+            addition of layers whose filters are rounded apart, groups that do not divide them, a `Reshape` that mixes
+            channels.
 
     Reference:
         Changpinyo, Sandler & Zhmoginov (2017), *The Power of Sparsity in Convolutional Neural Networks*, section 3.1.
@@ -65,7 +70,9 @@ def depth_multiplier(model, multiplier, of="filters", include=None, exclude=None
     graph = ChannelGraph(model)
     factor = multiplier if of == "filters" else multiplier**0.5
     chosen = _choose(model, graph, include, exclude)
-    widths = _Widths(graph, model, {id(layer): _thinned(_units(layer), factor) for layer in chosen.values()})
+    rounding = rounding or _rounded_up
+    counts = {id(layer): _thinned(_units(layer) * factor, rounding, path) for path, layer in chosen.items()}
+    widths = _Widths(graph, model, counts)
 
     def exchange(layer):
         # Copied as they are: operations, functions, and what has been adapted to data.
@@ -94,9 +101,15 @@ def _units(layer):
     return layer.units if isinstance(layer, layers.Dense) else layer.filters
 
 
-def _thinned(count, factor):
-    # 0.1 * 30 is 3.0000000000000004, of which the ceiling is not 4.
-    return int(np.ceil(round(factor * count, 9)))
+def _rounded_up(count):
+    return math.ceil(round(count, 9))  # 0.1 * 30 is 3.0000000000000004, of which the ceiling is not 4
+
+
+def _thinned(scaled, rounding, path):
+    count = rounding(scaled)
+    if not isinstance(count, int) or count < 1:
+        validation.fail("rounding", f"give a positive int, also for the {scaled:.4g} filters of '{path}'", count)
+    return count
 
 
 def _choose(model, graph, include, exclude):

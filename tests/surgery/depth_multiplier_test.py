@@ -74,6 +74,15 @@ def test_a_tenth_of_thirty_is_three():
     assert filters(ks.depth_multiplier(model, 0.1)) == {"a": 3, "b": 2}
 
 
+def test_rounding():
+    model = keras.Sequential([keras.Input((4, 4, 1)), conv(30, name="a"), conv(12, name="b"), layers.Dense(2)])
+    eights = ks.depth_multiplier(model, 0.6, rounding=lambda n: max(8, int(n) // 8 * 8))
+    assert filters(eights) == {"a": 16, "b": 8}
+    seen = []
+    ks.depth_multiplier(model, 0.25, of="connections", rounding=lambda n: seen.append(n) or 1)
+    assert seen == [15.0, 6.0]
+
+
 def test_new_weights_are_fresh_and_train():
     model = residual()
     model.compile(keras.optimizers.SGD(0.1), "mse")
