@@ -15,9 +15,12 @@
 //            and right): taps that fall into the padding are skipped.
 //   block    the output pixels of a region whose sums stay in registers
 //
-// Source channels are taken in several parts when their planes together would not fit the L2 cache;
+// Source channels are taken in several parts when their planes together would not fit the cache;
 // sums then pass through memory from part to part. The gradient with respect to the input is the
 // same convolution of out_backprop over the transposed table with flipped taps.
+//
+// With one tap a multiply-add takes a load of its own. The parts of the source channels are then
+// chosen so that their planes stay in the L1 cache (see "One tap").
 
 #include "custom_ops/kernels/cpu/epilogue.h"
 #include "custom_ops/kernels/cpu/planes.h"
@@ -41,6 +44,8 @@ struct Parameters {
   // 1: one tap on one long row of pixels. The lanes are then neighbouring pixels, the columns of a
   // region kLanes pixels apart, and memory is read and written in one stream.
   int64_t interleaved;
+  int64_t pointwise;  // 1: one tap,
+  int64_t paired;     // 1: by pairs of result channels.
 
   int64_t region_rows, region_columns;  // Result pixels of a region.
   int64_t regions_high, regions_wide;   // Of an image.
@@ -95,7 +100,6 @@ typedef Kind<3, 3, 8, 5> ThreeByThree;
 #else
 typedef Kind<1, 3, 4, 8> ThreeByThree;
 #endif
-typedef Kind<1, 1, 1, 16> OneWide;
 typedef Kind<1, 3, 4, 8> ThreeWide;
 typedef Kind<1, 5, 4, 8> FiveWide;
 typedef Kind<1, 7, 4, 9, true> SevenWide;
@@ -130,7 +134,7 @@ void SumBlock(const Block& block) {
     const float* plane = block.planes + *channel * block.plane_size;
     // The last connection fetches its own plane again.
     const float* next_plane = block.planes + channel[channel + 1 != end] * block.plane_size;
-    const int64_t tap_rows = kTapRows == 1 && kTapColumns > 1 ? block.kernel_height : kTapRows;
+    const int64_t tap_rows = kTapRows == 1 ? block.kernel_height : kTapRows;
     for (int64_t first = 0; first < tap_rows; first += kTapRows) {
       Vec weights[kTapRows][kTapColumns];
       KS_UNROLL
@@ -139,12 +143,9 @@ void SumBlock(const Block& block) {
         for (int j = 0; j < kTapColumns; ++j) weights[i][j] = Splat(filter[i * kTapColumns + j]);
       }
       filter += kTapRows * kTapColumns;
-      // The hardware loses this stream among the loads of planes. One weight for a connection is no
-      // stream worth the time.
-      if (kTapColumns > 1) {
-        const float* ahead = filter + kFilterAhead;
-        __builtin_prefetch(ahead < filter_end ? ahead : filter_end);
-      }
+      // The hardware loses this stream among the loads of planes.
+      const float* ahead = filter + kFilterAhead;
+      __builtin_prefetch(ahead < filter_end ? ahead : filter_end);
       const float* row = plane + first * row_step;
       KS_UNROLL
       for (int q = 0; q < kRows + kTapRows - 1; ++q, row += row_step) {
@@ -218,8 +219,6 @@ KindTraits TraitsOf() {
 bool FindKind(int64_t kernel_height, int64_t kernel_width, KindTraits* traits) {
   if (kernel_height == 3 && kernel_width == 3) {
     *traits = TraitsOf<ThreeByThree>();
-  } else if (kernel_width == 1 && kernel_height == 1) {
-    *traits = TraitsOf<OneWide>();
   } else if (kernel_width == 3) {
     *traits = TraitsOf<ThreeWide>();
   } else if (kernel_width == 5) {
@@ -230,6 +229,119 @@ bool FindKind(int64_t kernel_height, int64_t kernel_width, KindTraits* traits) {
     return false;
   }
   return true;
+}
+
+// --- One tap -------------------------------------------------------------------------------------
+
+// A multiply-add takes a load of its own then, unless two result channels share it. What matters
+// besides is that loads come from the L1 cache: where the connections are many, source channels are
+// cut into parts whose planes stay there for all result channels. Lists of connections are short
+// then, and are laid out in the order in which they are used.
+
+// The connections of a part, each its plane and its weight. They make up a list for each result
+// channel or three for each pair of them: those that both have, as two entries each, those that
+// only the first and those that only the second has.
+struct Lists {
+  const float* planes;     // Of the part.
+  const int32_t* offsets;  // [kept]: floats from `planes` to the plane of a connection.
+  const float* weights;    // [kept]
+  const int32_t* begins;   // Of the lists of the part, and where the last one ends.
+  const int32_t* order;    // [out_channels]: the result channels.
+};
+
+struct PixelSums {
+  Lists lists;
+  int64_t first;  // Result channel of `sums`.
+  float* sums;
+  int64_t stride;  // Floats from the sums of one result channel to the next.
+  bool accumulate;
+};
+
+typedef void (*PixelFunction)(const PixelSums&, int64_t begin, int64_t end);
+constexpr int kMaxPixels = kRegisters == 32 ? 16 : 13;  // Vectors of a region
+constexpr int kMaxPaired = (kRegisters - 3) / 2;        // and of one whose channels are paired.
+
+// Adds the connections from `at` to `end`; returns `end`.
+template <int kPixels>
+KS_INLINE int32_t AddList(const Lists& lists, int32_t at, int32_t end, Vec (&sums)[kPixels]) {
+  for (; at < end; ++at) {
+    const float* plane = lists.planes + lists.offsets[at];
+    const Vec weight = Splat(lists.weights[at]);
+    KS_UNROLL
+    for (int i = 0; i < kPixels; ++i) sums[i] += weight * Load(plane + i * kLanes);
+  }
+  return at;
+}
+template <int kPixels>
+KS_INLINE void LoadSums(const float* from, Vec (&sums)[kPixels]) {
+  KS_UNROLL
+  for (int i = 0; i < kPixels; ++i) sums[i] = Load(from + i * kLanes);
+}
+template <int kPixels>
+KS_INLINE void KeepSums(const Vec (&sums)[kPixels], float* to) {
+  KS_UNROLL
+  for (int i = 0; i < kPixels; ++i) Store(to + i * kLanes, sums[i]);
+}
+
+// The sums of result channels order[begin], ..., order[end - 1] in all pixels of a region.
+template <int kPixels>
+void SumPixels(const PixelSums& work, int64_t begin, int64_t end) {
+  const Lists lists = work.lists;
+  int32_t at = lists.begins[begin];
+  for (int64_t k = begin; k < end; ++k) {
+    float* const target = work.sums + (lists.order[k] - work.first) * work.stride;
+    if (work.accumulate && at == lists.begins[k + 1]) continue;
+    Vec sums[kPixels] = {};
+    if (work.accumulate) LoadSums<kPixels>(target, sums);
+    at = AddList<kPixels>(lists, at, lists.begins[k + 1], sums);
+    KeepSums<kPixels>(sums, target);
+  }
+}
+
+// The same for pairs: `begin` is even, and `end` is unless it is the number of result channels.
+template <int kPixels>
+void SumPixelPairs(const PixelSums& work, int64_t begin, int64_t end) {
+  const Lists lists = work.lists;
+  int32_t at = lists.begins[begin / 2 * 3];
+  for (int64_t k = begin; k < end; k += 2) {
+    const int32_t* const ends = lists.begins + k / 2 * 3 + 1;
+    float* const target = work.sums + (lists.order[k] - work.first) * work.stride;
+    // A channel without a second one is its own, without connections and overwritten.
+    float* const second =
+        k + 1 == end ? target : work.sums + (lists.order[k + 1] - work.first) * work.stride;
+    Vec sums[kPixels] = {}, second_sums[kPixels] = {};
+    if (work.accumulate) {
+      LoadSums<kPixels>(target, sums);
+      LoadSums<kPixels>(second, second_sums);
+    }
+    for (; at < ends[0]; at += 2) {
+      const float* plane = lists.planes + lists.offsets[at];
+      const Vec weight = Splat(lists.weights[at]), second_weight = Splat(lists.weights[at + 1]);
+      KS_UNROLL
+      for (int i = 0; i < kPixels; ++i) {
+        const Vec x = Load(plane + i * kLanes);
+        sums[i] += weight * x;
+        second_sums[i] += second_weight * x;
+      }
+    }
+    at = AddList<kPixels>(lists, at, ends[1], sums);
+    at = AddList<kPixels>(lists, at, ends[2], second_sums);
+    KeepSums<kPixels>(second_sums, second);
+    KeepSums<kPixels>(sums, target);
+  }
+}
+
+template <int kPixels = kMaxPixels>
+PixelFunction FindPixels(int64_t pixels, bool paired) {
+  if constexpr (kPixels == 0) {
+    return nullptr;
+  } else {
+    if (pixels != kPixels) return FindPixels<kPixels - 1>(pixels, paired);
+    if constexpr (kPixels <= kMaxPaired) {
+      if (paired) return SumPixelPairs<kPixels>;
+    }
+    return SumPixels<kPixels>;
+  }
 }
 
 // --- Packing -------------------------------------------------------------------------------------
@@ -415,6 +527,11 @@ struct Table {
   // Result channels by how many connections they have in a part, within those that are computed
   // together: the processor then predicts where loops over connections end.
   int32_t* order;  // [parts][out_channels]
+  // One tap: see Lists.
+  int32_t* begins;   // [parts * NumLists() + 1]
+  int32_t* offsets;  // [kept]
+  int32_t* sources;  // [kept]: where the weights are in the caller's filter.
+  float* weights;    // [kept]
 };
 
 // Source channels [PartChannel(s), PartChannel(s + 1)) are part s: whole vectors, and at least
@@ -489,6 +606,58 @@ void CutTable(const Parameters& p, const Table& table) {
   }
 }
 
+// Lists of a part.
+int64_t NumLists(const Parameters& p) {
+  return p.paired ? CeilDiv(p.out_channels, 2) * 3 : p.out_channels;
+}
+
+// Lays out the connections of all parts. Those of a transposed table have come from places `from`.
+void LayLists(const Parameters& p, const Table& table, const int32_t* from) {
+  int32_t at = 0;
+  int32_t* begin = table.begins;
+  for (int64_t part = 0; part < p.parts; ++part) {
+    const int32_t* starts = table.starts + part * p.out_channels;
+    const int32_t* ends = starts + p.out_channels;
+    const int32_t* order = table.order + part * p.out_channels;
+    const int64_t first = PartChannel(p, part);
+    const auto lay = [&](int32_t c) {
+      table.offsets[at] = static_cast<int32_t>((table.channels[c] - first) * p.plane_size);
+      table.sources[at++] = from == nullptr ? c : from[c];
+    };
+    for (int64_t k = 0; k < p.out_channels; k += p.paired ? 2 : 1) {
+      *begin++ = at;
+      const int32_t c_end = ends[order[k]];
+      if (!p.paired) {
+        for (int32_t c = starts[order[k]]; c < c_end; ++c) lay(c);
+        continue;
+      }
+      const bool alone = k + 1 == p.out_channels;
+      const int32_t d_begin = alone ? 0 : starts[order[k + 1]];
+      const int32_t d_end = alone ? 0 : ends[order[k + 1]];
+      // Those of both, of the first and of the second; channels ascend.
+      for (int list = 0; list < 3; ++list) {
+        if (list > 0) *begin++ = at;
+        int32_t c = starts[order[k]], d = d_begin;
+        while (c < c_end || d < d_end) {
+          const int32_t c_channel = c < c_end ? table.channels[c] : INT32_MAX;
+          const int32_t d_channel = d < d_end ? table.channels[d] : INT32_MAX;
+          if (list == 0 && c_channel == d_channel) {
+            lay(c);
+            lay(d);
+          }
+          if (list == 1 && c_channel < d_channel) lay(c);
+          if (list == 2 && d_channel < c_channel) lay(d);
+          c += c_channel <= d_channel;
+          d += d_channel <= c_channel;
+        }
+      }
+    }
+  }
+  *begin = at;
+}
+
+constexpr int64_t kWeightsOfItem = 4096;  // A piece of work that lays out weights.
+
 // --- Compute -------------------------------------------------------------------------------------
 
 struct Work {
@@ -496,6 +665,7 @@ struct Work {
   // Of a block with the least rows (columns) that a region's blocks have, or one more; and whether
   // its window holds padding.
   BlockFunction functions[2][2][2];
+  PixelFunction sum_pixels;  // For one tap, instead.
   Table table;
   Regions regions;
   float* sums;   // [channels computed together][tile_stride]
@@ -531,6 +701,15 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
   block.row_step = p.plane_columns * kLanes;
   block.kernel_height = p.kernel_height;
   block.accumulate = part > 0;
+  PixelSums pixel_sums = {};
+  if (p.pointwise) {
+    pixel_sums = {{planes, work.table.offsets, work.table.weights,
+                   work.table.begins + part * NumLists(p), order},
+                  begin,
+                  work.sums,
+                  p.tile_stride,
+                  part > 0};
+  }
   planes -= PartChannel(p, part) * p.plane_size;  // Where channel 0 would be.
   float* sums = work.sums;
   for (int64_t i = 0; i < p.blocks_high; ++i) {
@@ -549,22 +728,30 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
       const bool edge = block.row_begin > 0 || block.row_end < rows + p.kernel_height - 1 ||
                         block.column_begin > 0 || block.column_end < columns + p.kernel_width - 1;
       const BlockFunction function =
-          work.functions[rows - p.region_rows / p.blocks_high]
-                        [columns - p.region_columns / p.blocks_wide][edge];
+          p.pointwise ? nullptr
+                      : work.functions[rows - p.region_rows / p.blocks_high]
+                                      [columns - p.region_columns / p.blocks_wide][edge];
       // What is stored to and added at the end, a little before each result channel.
       const bool last_part = part == p.parts - 1;
       const float* const fetch[] = {last_part && work.fetch && !work.stream ? work.output : nullptr,
                                     last_part && work.fetch ? work.epilogue.residual : nullptr};
+      const bool fetches = fetch[0] != nullptr || fetch[1] != nullptr;
       const int64_t lines = CeilDiv(end - begin, kLanes);
-      int64_t fetched = 0;
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t until = (k + 1 - begin) * lines * kLanes / (end - begin);
-        for (; fetched < until; ++fetched) {
+      int64_t fetched = 0, due = 0;  // due: times result channels.
+      // With one tap several channels at a time, all of them where nothing is fetched.
+      const int64_t step = !p.pointwise ? 1 : fetches ? 4 : end - begin;
+      for (int64_t k = begin; k < end; k += step) {
+        due += step * lines * kLanes;
+        for (; fetches && due > 0 && fetched < lines * kLanes; ++fetched, due -= end - begin) {
           const int64_t lane = fetched / lines, channel = begin + fetched % lines * kLanes;
           for (const float* data : fetch) {
             if (data == nullptr) continue;
             FetchPixels(p, work.regions, row, column, rows, columns, lane, channel, data);
           }
+        }
+        if (p.pointwise) {
+          work.sum_pixels(pixel_sums, k, Min(end, k + step));
+          continue;
         }
         const int64_t o = order[k];
         if (k + kResultsAhead < end) {
@@ -597,6 +784,7 @@ constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
 constexpr int64_t kStreamFrom = 8 << 20;
 constexpr int64_t kFetchFrom = 1 << 20;  // Bytes of a result that the L2 cache does not hold.
 constexpr int64_t kSharedGroups = 8;     // With fewer groups, threads share their planes.
+constexpr int64_t kSplitCycles = 40000;  // Least work on planes that are shared.
 
 struct Axis {
   int64_t size, source, kernel, pad;
@@ -730,6 +918,57 @@ void ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
   }
 }
 
+// ChooseRegions for one tap: all pixels of a region are one block.
+void ChoosePixels(int64_t kept, Parameters* p) {
+  Cut rows[kMaxRegion], columns[kMaxRegion];
+  const int64_t num_rows = CandidateCuts({p->rows, p->height, 1, 0}, rows);
+  const int64_t num_columns = CandidateCuts({p->columns, p->width, 1, 0}, columns);
+  const int64_t vectors = CeilDiv(p->channels, kLanes);
+  const double results = static_cast<double>(p->out_channels);
+  const double density = static_cast<double>(kept) / (results * static_cast<double>(p->channels));
+  double best = 0;
+  for (int64_t y = 0; y < num_rows; ++y) {
+    for (int64_t x = 0; x < num_columns; ++x) {
+      const int64_t size = rows[y].region * columns[x].region;
+      if (size > kMaxPixels) continue;
+      const int64_t groups = CeilDiv(p->batch * rows[y].regions * columns[x].regions, kLanes);
+      const double pixels = static_cast<double>(size);
+      for (int64_t parts = 1; parts <= Max(1, vectors / 2); ++parts) {
+        if (parts > 1 && CeilDiv(vectors, parts) == CeilDiv(vectors, parts - 1)) continue;
+        const bool whole = parts == 1;
+        const double near =
+            static_cast<double>(CeilDiv(vectors, parts) * kLanes * (size | 1) * kLanes * 4);
+        const double fill = pixels * static_cast<double>(p->channels) *
+                            (whole                    ? 10.5
+                             : groups < kSharedGroups ? 18
+                                                      : 13.5);
+        const double load = 0.9 * LoadCost(0.85 * near, near);
+        const double call = static_cast<double>(parts) * (whole ? 20 + pixels : 34 + 2 * pixels);
+        const double alone = Larger(4.2, (pixels + 1) * load);
+        const double both = Larger(4.2, (pixels + 2) * load) / 2;
+        double sums = static_cast<double>(kept) * alone;
+        const double pairs = static_cast<double>(kept) * (density * both + (1 - density) * alone) +
+                             results * static_cast<double>(parts) * 20;
+        const bool paired = size <= kMaxPaired && pairs < sums;
+        if (paired) sums = pairs;
+        const double cost =
+            static_cast<double>(groups) * (fill + sums + results * (call + 6 * pixels));
+        if (best > 0 && cost >= best) continue;
+        best = cost;
+        p->region_rows = p->plane_rows = rows[y].region;
+        p->region_columns = p->plane_columns = columns[x].region;
+        p->regions_high = rows[y].regions;
+        p->regions_wide = columns[x].regions;
+        p->groups = groups;
+        p->origin_row = p->origin_column = 0;
+        p->blocks_high = p->blocks_wide = 1;
+        p->paired = paired;
+        p->parts = parts;
+      }
+    }
+  }
+}
+
 // Floats of the planes of one group, all parts of which are there at a time or only one.
 int64_t PlanesSize(const Parameters& p, bool all_parts) {
   int64_t channels = p.channels;
@@ -744,18 +983,25 @@ int64_t PackChannels(const Parameters& p) {
 }
 int64_t PackItems(const Parameters& p) { return Max(1, p.channels / PackChannels(p)); }
 
-int64_t TableBytes(const Parameters& p) {
-  return PieceBytes((p.parts + 1) * p.out_channels, 4) + PieceBytes(p.parts * p.out_channels, 4);
+int64_t TableBytes(const Parameters& p, int64_t kept) {
+  return PieceBytes((p.parts + 1) * p.out_channels, 4) + PieceBytes(p.parts * p.out_channels, 4) +
+         (p.pointwise ? PieceBytes(p.parts * NumLists(p) + 1, 4) + 2 * PieceBytes(kept, 4) : 0);
 }
 
 int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   const int64_t least = Min(Min(Min(p.batch, p.channels), Min(p.height, p.width)),
                             Min(Min(p.rows, p.columns), p.out_channels));
   KindTraits kind;
-  if (least < 1 || !FindKind(p.kernel_height, p.kernel_width, &kind)) return 0;
+  if (least < 1) return 0;
+  p.pointwise = p.kernel_height == 1 && p.kernel_width == 1;
+  if (!p.pointwise && !FindKind(p.kernel_height, p.kernel_width, &kind)) return 0;
   memset(plan, 0, sizeof(*plan));
   p.splits = 1;
-  ChooseRegions(kind, arguments.kept, &p);
+  if (p.pointwise) {
+    ChoosePixels(arguments.kept, &p);
+  } else {
+    ChooseRegions(kind, arguments.kept, &p);
+  }
   if (p.interleaved) {
     p.source_column *= kLanes;
     p.result_column *= kLanes;
@@ -763,6 +1009,7 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   // A plane is an odd number of cache lines, so that the planes of different channels do not fall
   // into the same cache sets; so are the sums of a channel.
   p.plane_size = (CeilDiv(p.plane_rows * p.plane_columns * kLanes, 16) | 1) * 16;
+  if (p.pointwise && p.channels > INT32_MAX / p.plane_size) return 0;
   p.lead =
       (Max(0, p.pad_top + p.origin_row) * p.plane_columns + Max(0, p.pad_left + p.origin_column)) *
       kLanes;
@@ -770,22 +1017,30 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   const int64_t block_pixels =
       CeilDiv(p.region_rows, p.blocks_high) * CeilDiv(p.region_columns, p.blocks_wide);
   p.tile_stride = (CeilDiv((p.parts == 1 ? block_pixels : pixels) * kLanes, 16) | 1) * 16;
-  const int64_t group_bytes = PlanesSize(p, true) * 4;
-  if (p.groups < kSharedGroups && p.groups * group_bytes <= kScratchLimit) {
-    p.shared_planes = 1;
-    p.splits = Min(CeilDiv(kWantedItems, p.groups), CeilDiv(p.out_channels, kLanes));
-  }
-
   const int64_t taps = p.kernel_height * p.kernel_width;
   const int64_t fill = p.plane_rows * p.plane_columns * 5;
   const int64_t empty = pixels * 6 * p.out_channels;
   const int64_t sums = arguments.kept * pixels * taps * 6 / 10;
+  const int64_t group_bytes = PlanesSize(p, true) * 4;
+  if (p.groups < kSharedGroups && p.groups * group_bytes <= kScratchLimit) {
+    p.shared_planes = 1;
+    // A thread that takes a part of the channels reads most planes for it.
+    p.splits = Min(Min(CeilDiv(kWantedItems, p.groups), CeilDiv(p.out_channels, kLanes)),
+                   CeilDiv(sums + empty, kSplitCycles));
+  }
+
   KsStage* stage = plan->stages;
   stage->items = 1;
-  stage->cost = 1000 + p.parts * p.out_channels * 10 + (p.transposed ? arguments.kept * 10 : 0);
+  stage->cost = 1000 + p.parts * p.out_channels * 10 +
+                arguments.kept * ((p.transposed ? 10 : 0) + (p.pointwise ? 10 : 0));
   stage->prepares = KS_PREPARES_TABLE;
   ++stage;
-  if (p.transposed) {
+  if (p.pointwise) {
+    stage->items = CeilDiv(arguments.kept, kWeightsOfItem);
+    stage->cost = 2 * kWeightsOfItem;
+    stage->prepares = KS_PREPARES_FILTER;
+    ++stage;
+  } else if (p.transposed) {
     stage->items = TransposeFilterItems(arguments);
     stage->cost = 100 + arguments.kept * taps * 32 / p.out_channels;
     stage->prepares = KS_PREPARES_FILTER;
@@ -805,8 +1060,11 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   }
   plan->num_stages = static_cast<int32_t>(stage - plan->stages);
 
-  plan->table_bytes = (p.transposed ? TransposedTableBytes(arguments) : 0) + TableBytes(p);
-  plan->filter_bytes = p.transposed ? TransposedFilterBytes(arguments) : 0;
+  plan->table_bytes =
+      (p.transposed ? TransposedTableBytes(arguments) : 0) + TableBytes(p, arguments.kept);
+  plan->filter_bytes = p.pointwise    ? PieceBytes(arguments.kept, 4)
+                       : p.transposed ? TransposedFilterBytes(arguments)
+                                      : 0;
   plan->shared_bytes = p.shared_planes ? p.groups * group_bytes : 0;
   plan->scratch_bytes =
       PieceBytes(RoundUp(Min(p.out_channels, Together(p)), kLanes) * p.tile_stride, 4) +
@@ -829,8 +1087,9 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   work.stream = pixels * p.out_channels * 4 >= kStreamFrom && p.out_channels % kLanes == 0 &&
                 reinterpret_cast<uintptr_t>(work.output) % KS_VECTOR_BYTES == 0;
   KindTraits kind = {};
-  FindKind(p.kernel_height, p.kernel_width, &kind);
-  for (int i = 0; i < 2; ++i) {
+  work.sum_pixels = p.pointwise ? FindPixels(p.region_rows * p.region_columns, p.paired) : nullptr;
+  if (!p.pointwise) FindKind(p.kernel_height, p.kernel_width, &kind);
+  for (int i = 0; i < 2 && !p.pointwise; ++i) {
     for (int j = 0; j < 2; ++j) {
       const int64_t rows = p.region_rows / p.blocks_high + i;
       const int64_t columns = p.region_columns / p.blocks_wide + j;
@@ -853,14 +1112,28 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   }
   work.table.starts = table_arena.Take<int32_t>((p.parts + 1) * p.out_channels);
   work.table.order = table_arena.Take<int32_t>(p.parts * p.out_channels);
+  if (p.pointwise) {
+    work.table.begins = table_arena.Take<int32_t>(p.parts * NumLists(p) + 1);
+    work.table.offsets = table_arena.Take<int32_t>(arguments.kept);
+    work.table.sources = table_arena.Take<int32_t>(arguments.kept);
+    work.table.weights = static_cast<float*>(memory->filter);
+  }
   float* shared_planes = static_cast<float*>(memory->shared) + p.lead;
   if (stage == 0) {
     if (p.transposed) TransposeTable(arguments, transposed);
     CutTable(p, work.table);
+    if (p.pointwise) LayLists(p, work.table, transposed.from);
     return;
   }
   --stage;
-  if (p.transposed && stage-- == 0) {
+  if (p.pointwise && stage-- == 0) {
+    const int64_t last = Min(end * kWeightsOfItem, arguments.kept);
+    for (int64_t i = begin * kWeightsOfItem; i < last; ++i) {
+      work.table.weights[i] = arguments.filter[work.table.sources[i]];
+    }
+    return;
+  }
+  if (p.transposed && !p.pointwise && stage-- == 0) {
     const int64_t last_tap = p.kernel_height * p.kernel_width - 1;
     TransposeFilter(arguments, transposed, begin, end,
                     [last_tap](int64_t t) { return last_tap - t; });
