@@ -51,8 +51,9 @@ def depth_multiplier(model, multiplier, of="filters", include=None, exclude=None
             up. `lambda n: max(8, int(n) // 8 * 8)` gives the multiples of 8 that the counts of Table 1 are of.
 
     Returns:
-        A new model with new initial weights. What preprocessing layers have adapted to is kept. Compiled like `model`,
-        with a fresh optimizer, where that was compiled.
+        A new model with new initial weights; the masks of sparse layers are what their initializers make. What
+        preprocessing layers have adapted to is kept. Compiled like `model`, with a fresh optimizer, where that was
+        compiled.
 
     Raises:
         TypeError: If `model` is no Keras model or `multiplier` no number.

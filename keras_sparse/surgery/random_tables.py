@@ -338,7 +338,7 @@ class _Block:
     def __init__(self, path, call, group, groups, alive):
         inputs, outputs = call.inputs[0].ids.size // groups, call.outputs[0].ids.size // groups
         self.path = path
-        self.taps = int(np.prod(call.layer.kernel.shape[:-2]))
+        self.taps = int(np.prod(selection.kernel_variable(call.layer).shape[:-2]))
         self.columns = np.arange(group * outputs, (group + 1) * outputs)
         ids = call.inputs[0].ids[group * inputs : (group + 1) * inputs]
         self.rows = np.flatnonzero(alive[ids])
