@@ -117,8 +117,9 @@ class Results:
             "wall_seconds": round(time.perf_counter() - wall, 2),
             "process_seconds": round(time.process_time() - process, 2),
             "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
-            "machine": machine.describe(),
+            "machine": machine.describe() | {"accelerators": _accelerators()},
             "versions": {"keras": keras.__version__, "keras_sparse": ks.__version__, "numpy": np.__version__},
+            "backend": keras.backend.backend(),
         }
         record = json.loads(json.dumps(record, default=_to_plain))
         # Another process may have added to the file meanwhile.
@@ -126,6 +127,15 @@ class Results:
         files.write_json(self.path, {"records": self.records})
         print(f"[{self.path.name}] {described}: {record['wall_seconds']:.0f} s", flush=True)
         return record
+
+
+def _accelerators():
+    """Return the names of the devices that the backend computes on beside the processor."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return [device.device_kind for device in jax.devices() if device.platform != "cpu"]
+    return keras.distribution.list_devices("gpu")
 
 
 def _to_plain(value):
