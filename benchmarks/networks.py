@@ -79,8 +79,8 @@ def random_mask(shape, density, generator):
     return mask.reshape(shape)
 
 
-def sparse_network(network, density, seed=0, also=()):
-    """Return a network of the zoo as sparse layers with random weights and tables.
+def sparse_network(network, density, seed=0, also=(), granularity="connection", draw=random_mask):
+    """Return a network of the zoo as sparse layers with random weights and masks.
 
     Weights are scaled for the connections that are left, and batch norms calibrated, so that values keep their size
     through the layers, as in a trained network, and errors are seen.
@@ -92,12 +92,12 @@ def sparse_network(network, density, seed=0, also=()):
     keras.utils.set_random_seed(seed)
     generator = np.random.default_rng(seed)
     model = network.build()
-    model = ks.sparsify(model, granularity="connection", include=pruned_layers(model, also))
+    model = ks.sparsify(model, granularity=granularity, include=pruned_layers(model, also))
     for layer in model.layers:
         if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense)):
             shape, kept = layer.kernel.shape, 1.0
             if hasattr(layer, "assign_mask"):
-                mask = random_mask(layer.mask.shape, density, generator)
+                mask = draw(layer.mask.shape, density, generator)
                 layer.assign_mask(mask)
                 kept = float(mask.mean())
             deviation = np.sqrt(2 / (np.prod(shape[:-1]) * kept))

@@ -77,8 +77,8 @@ def plot_process(history, *, ax=None, path=None):
 
     Three panels over the epochs: the density of each layer; the drop of the monitored accuracy, with the drop that is
     tolerated; the percentile of the threshold \(\theta\), the share of groups whose norm lies below it, raised (▲)
-    while the drop is small and lowered (▼) while it is not. The history of `GradualPruning` holds no drop and no
-    threshold: its densities are drawn alone, over optimizer steps.
+    where the drop is smaller than tolerated and lowered (▼) where it is not. The history of `GradualPruning` holds no
+    drop and no threshold: its densities are drawn alone, over optimizer steps.
 
     Args:
         history: `callback.history` of `GroupwiseBrainDamage` or `GradualPruning`, or the callback: a list of dicts,
@@ -434,7 +434,7 @@ def _draw_receptive_field(axis, pattern):
             color = "white" if value > 0.55 * top else _INK
             axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=size, color=color)
     mean = share.sum()
-    axis.set_title(f"{mean:.3g} of {share.size} taps", fontsize=7.5, color=_FAINT, pad=3)
+    axis.set_title(f"{mean:.3g} of {share.size} taps", fontsize=7.5, color=_FAINT, pad=3, loc="left")
 
 
 def _draw_layers(pyplot, patterns, columns):
@@ -560,10 +560,12 @@ def _draw_drops(axis, x, records):
 def _draw_percentiles(axis, x, records):
     values = np.array([np.nan if record.get("percentile") is None else record["percentile"] for record in records])
     axis.plot(x, values, color=_FAINT, linewidth=1, drawstyle="steps-post", zorder=2)
-    change = np.diff(values, prepend=np.nan)
+    # By the drop that decides it: groups that die change the percentile as well.
+    decided = [record if record.get("max_drop") is not None else {} for record in records]
+    small = np.array([record["drop"] < record["max_drop"] if record else np.nan for record in decided])
     for chosen, marker, color, label in (
-        (change > 0, "^", _COLORS[2], "raised"),
-        (change < 0, "v", _COLORS[1], "lowered"),
+        (small == 1, "^", _COLORS[2], "raised"),
+        (small == 0, "v", _COLORS[1], "lowered"),
     ):
         if chosen.any():
             axis.plot(np.asarray(x)[chosen], values[chosen], marker, color=color, markersize=5, label=label, zorder=3)

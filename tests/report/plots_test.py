@@ -76,7 +76,7 @@ def test_average_receptive_field(granularity, axes):
     expected = np.asarray(model.layers[0].mask).mean(axis=axes).reshape(5, 3)
     np.testing.assert_allclose(field.images[0].get_array(), expected, atol=1e-6)
     assert [text.get_text() for text in field.texts] == [f"{100 * share:.0f}" for share in expected.ravel()]
-    assert field.get_title() == f"{expected.sum():.3g} of 15 taps"
+    assert field.get_title("left") == f"{expected.sum():.3g} of 15 taps"
 
 
 def test_plain_layers_show_their_zeros():
@@ -150,14 +150,14 @@ def test_given_axes_are_drawn_on():
 
 
 def records(epochs=6):
-    steps = [5.0, 10.0, 15.0, 10.0, 15.0, 15.0]
+    steps, drops = [5.0, 10.0, 15.0, 10.0, 15.0, 15.0], [0.0, 0.001, 0.013, 0.002, 0.005, 0.012]
     return [
         {
             "epoch": epoch,
             "sparsity": 0.1 * epoch,
             "layers": {"conv1": 0.05 * epoch, "conv2": 0.15 * epoch},
             "percentile": steps[epoch],
-            "drop": 0.002 * epoch,
+            "drop": drops[epoch],
             "max_drop": 0.012,
         }
         for epoch in range(epochs)
@@ -171,11 +171,11 @@ def test_the_process_in_three_panels():
     np.testing.assert_allclose(lines["conv2"], [1 - 0.15 * epoch for epoch in range(6)])
     np.testing.assert_allclose(lines["all"], [1 - 0.1 * epoch for epoch in range(6)])
     lines = {line.get_label(): line.get_ydata() for line in drop.lines}
-    np.testing.assert_allclose(lines["held-out set"], [0.002 * epoch for epoch in range(6)])
+    np.testing.assert_allclose(lines["held-out set"], [record["drop"] for record in history])
     np.testing.assert_allclose(lines["tolerated"], [0.012] * 6)
     assert "test set" not in lines
     marks = {line.get_label(): list(line.get_xdata()) for line in percentile.lines}
-    assert marks["raised"] == [1, 2, 4] and marks["lowered"] == [3]
+    assert marks["raised"] == [0, 1, 3, 4] and marks["lowered"] == [2, 5]
     assert {axis.get_xlabel() for axis in (density, drop, percentile)} == {"epoch"}
 
     for record in history:
