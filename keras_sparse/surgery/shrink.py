@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sparse import granularity as granularities
 from keras_sparse.layers import BaseSparse, SparseConv2D, SparseDense
 from keras_sparse.surgery.channels import ChannelGraph
 from keras_sparse.surgery.transform import check_supported, functional_graph, transform
@@ -48,7 +49,8 @@ def shrink(model):
 
     Returns:
         A new model, compiled like `model` where that was compiled, with a fresh optimizer. Sparse layers stay sparse
-        layers, and kept weights keep their masks.
+        layers, and kept weights keep their masks. Where removal breaks up the runs of `n_m` or the tiles of `block`,
+        the layer's granularity becomes `"weight"`, or `"connection"`, whose masks have the same shape.
 
     Raises:
         TypeError: If `model` is no Keras model.
@@ -480,10 +482,29 @@ def _smaller_kernel(size, axes=(-2, -1)):
             variable.assign(kernel)
             _transfer_bias(old, new, slices)
 
-        use_bias = layer.use_bias or slices.bias is not None
-        return _smaller(layer, transfer, **{size: int(slices.outputs.sum()), "use_bias": use_bias})
+        changes = {size: int(slices.outputs.sum()), "use_bias": layer.use_bias or slices.bias is not None}
+        if isinstance(layer, BaseSparse):
+            granularity = _granularity_of(layer, cut(layer.mask, broadcast=True))
+            changes["granularity"] = granularities.serialize(granularity)
+            changes["mask_initializer"] = "ones"  # the layer's own may know one shape only
+        return _smaller(layer, transfer, **changes)
 
     return smaller
+
+
+def _granularity_of(layer, mask):
+    """Return the layer's granularity; the plain one with masks of that shape where the runs or blocks are broken up."""
+    granularity = layer.granularity
+
+    def is_whole(mask):
+        preferred = granularity.preferred(np.where(mask != 0, 0.0, -np.inf))
+        return granularity.accepts(mask, mask.shape) and (preferred is None or bool(preferred[mask != 0].all()))
+
+    if granularity.mask_shape(mask.shape) != mask.shape or is_whole(mask):
+        return granularity
+    if not is_whole(ops.convert_to_numpy(layer.mask)):
+        return granularity  # it was not before, either
+    return granularities.get("weight" if granularity.taps else "connection")
 
 
 def _transfer_bias(old, new, slices):

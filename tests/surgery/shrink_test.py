@@ -141,6 +141,32 @@ def test_masks_of_every_granularity(granularity):
     assert ks.shrink(ks.strip(model)).count_params() <= small.count_params()
 
 
+@pytest.mark.parametrize(
+    ("granularity", "zero", "expected"),
+    [
+        ("2:4", [4, 5, 6, 7], "2:4"),
+        ("2:4", [0], "weight"),
+        (granularities.block(2, 3), [2, 3], "block(2, 3)"),
+        (granularities.block(2, 3, taps=False), [3], "connection"),
+        ("connection", [3], "connection"),
+    ],
+)
+def test_runs_and_blocks_stay_whole_or_become_plain(granularity, zero, expected):
+    stack = [layers.Conv2D(12, 3, name="a", activation="relu"), layers.Conv2D(9, 3, name="b")]
+    model = ks.sparsify(sequential(*stack), granularity, include="b")
+    layer = model.get_layer("b")
+    units = layer.granularity.units_shape((3, 3, 12, 9))
+    scores = np.random.default_rng(1).normal(size=units)
+    mask = layer.granularity.expand(layer.granularity.mask(scores, scores.size // 2), (3, 3, 12, 9))
+    layer.assign_mask(mask)
+    cut(model.get_layer("a"), outputs=zero, bias=-1.0)
+    small = ks.shrink(model)
+    assert small.get_layer("b").granularity.name == expected
+    gone = sorted({*zero, *np.flatnonzero(~mask.any(axis=(0, 1, 3)))})
+    np.testing.assert_array_equal(small.get_layer("b").mask, np.delete(mask, gone, axis=-2))
+    assert_same(model, small)
+
+
 def test_removal_goes_on_to_a_fixed_point():
     """What reads nothing but what is removed goes in turn, up and down the network."""
     names = "abcdef"
