@@ -51,7 +51,7 @@ def export(
     | backend     | layers run as                                    | to load it                         |
     |-------------|--------------------------------------------------|------------------------------------|
     | `"op"`      | the package's compiled ops, where they win       | the ops must be registered         |
-    | `"compact"` | TensorFlow's, over channels that hold any weight | stock TensorFlow                   |
+    | `"compact"` | TensorFlow's, over the channels that are alive   | stock TensorFlow                   |
     | `"dense"`   | TensorFlow's, zeros included                     | stock TensorFlow                   |
 
     `"op"` and `"compact"` first remove the channels that nothing reads and those that are constant, as `ks.shrink`

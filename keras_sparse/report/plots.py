@@ -248,7 +248,7 @@ class _Pattern:
 
     def table(self):
         """`(inputs, outputs)`: the share of taps kept."""
-        share = self.kept.mean(axis=(0, 1))
+        share = self.kept.mean(axis=(0, 1), dtype="float32")
         return np.broadcast_to(share, (share.shape[0], self.shape[3]))
 
     def receptive_field(self):
