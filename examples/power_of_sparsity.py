@@ -13,7 +13,6 @@ Each figure leaves `figureN.json` (every run, with its command, seed and times),
 
 import argparse
 import functools
-import math
 import pathlib
 import tempfile
 import time
@@ -157,8 +156,7 @@ def smaller_network(figure, method, density, seed):
     keras.utils.set_random_seed(seed)
     model = NETWORK[figure]()
     if method == "multiplier":
-        keep = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Dense)]
-        return ks.depth_multiplier(model, math.sqrt(density), exclude=keep)
+        return ks.depth_multiplier(model, density, of="connections")
     model = ks.sparsify(model, granularity="connection", include=convolutions(model))
     ks.random_tables(model, density, seed=seed)
     return model
