@@ -519,3 +519,41 @@ def test_a_denser_table_stays():
         np.testing.assert_array_equal(mask, before[name])
     growing.update(15)
     assert share(masks_of(model)) == pytest.approx(0.8, abs=0.02)
+
+
+MIRRORED = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras, numpy as np
+import keras_sparse as ks
+
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+generator = np.random.default_rng(1)
+x, y = generator.normal(size=(80, 6, 6, 4)), generator.normal(size=(80, 3))
+with strategy.scope():
+    conv = ks.layers.SparseConv2D(8, 3, name="a")
+    model = keras.Sequential([keras.Input((6, 6, 4)), conv, keras.layers.Flatten(), keras.layers.Dense(3)])
+    model.compile(keras.optimizers.Adam(0.01, use_ema=True), "mse")
+
+class Check(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        mask = np.asarray(conv.mask)
+        replicas = strategy.experimental_local_results(conv._kernel.value)
+        assert len(replicas) == 2
+        for replica in replicas:
+            assert not np.asarray(replica)[:, :, ~(mask != 0)[0, 0]].any()
+        np.testing.assert_array_equal(*map(np.asarray, replicas))
+
+growing = ks.callbacks.IncrementalTraining(0.25, doubling_steps=4, initializer="layer")
+history = model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[growing, Check()]).history
+assert [entry["step"] for entry in growing.history] == [0, 4, 8]
+assert history["density"] == [1.0, 1.0], history
+print("grown")
+"""
+
+
+@pytest.mark.slow
+def test_mirrored_strategy(run_python):
+    """Two replicas: every copy of a kernel is the same, and sparse, after every step."""
+    assert run_python(MIRRORED).strip().endswith("grown")
