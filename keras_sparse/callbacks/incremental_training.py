@@ -1,7 +1,6 @@
 """Training that begins with few connections and adds more as it goes on."""
 
 import warnings
-import zlib
 
 import keras
 import numpy as np
@@ -127,6 +126,8 @@ class IncrementalTraining(ScheduledMasks):
 
     def _take(self, model):
         self._tables = RandomTables(model, self.fan_in, self.include, self.exclude, self.seed)
+        # By place, as the tables are drawn, not by name: Keras numbers the names of layers anew in every model.
+        self._places = {path: place for place, path in enumerate(selection.flatten_layers(model))}
         kernels = {weight.name: weight for weight in selection.prunable_weights(model)}
         return [LayerMask(kernels[path]) for path in self._tables.levels]
 
@@ -184,8 +185,7 @@ class IncrementalTraining(ScheduledMasks):
         if isinstance(initializer, keras.initializers.Initializer):
             config = initializer.get_config()
             if "seed" in config:
-                # crc32 rather than hash(): the same in every process.
-                state = np.random.SeedSequence([self.seed, zlib.crc32(weight.name.encode())]).generate_state(1)
+                state = np.random.SeedSequence([self.seed, self._places[weight.name]]).generate_state(1)
                 initializer = type(initializer).from_config({**config, "seed": int(state[0] >> 1)})
         return ops.convert_to_numpy(initializer(shape, dtype="float32")) * scale
 

@@ -14,7 +14,7 @@ from keras_sparse.engine import training
 DOUBLINGS = (0.1, 0.2, 0.4, 0.8, 1.0)
 
 
-def network(granularity="connection", initializer="he_normal", widths=(9, 11, 7), **options):
+def network(granularity="connection", initializer="he_normal", widths=(9, 11, 7), named="conv", **options):
     keras.utils.set_random_seed(3)
     layers = [keras.Input((8, 8, 3))]
     for index, width in enumerate(widths):
@@ -26,7 +26,7 @@ def network(granularity="connection", initializer="he_normal", widths=(9, 11, 7)
                 activation="tanh",
                 kernel_initializer=initializer,
                 granularity=granularity,
-                name=f"conv{index}",
+                name=f"{named}{index}",
                 **options,
             )
         )
@@ -212,12 +212,16 @@ def test_new_connections_have_the_variance_of_their_fan(initializer, fan):
         assert abs(standard.std() - 1) < 4 / np.sqrt(standard.size)
 
 
-def test_new_weights_follow_from_the_seed_alone():
-    runs = [before_and_after(network(), initializer="layer", seed=seed)[3] for seed in (1, 1, 2)]
-    for name in runs[0]:
-        np.testing.assert_array_equal(runs[0][name], runs[1][name])
-        assert (runs[0][name] != runs[2][name]).any()
-    assert (runs[0]["conv1"][:, :, :7, :7] != runs[0]["conv2"][:, :, :7, :7]).any()
+def test_new_weights_follow_from_the_seed_and_the_place():
+    def values(seed, named="conv"):
+        model = network(named=named)
+        return list(before_and_after(model, initializer="layer", seed=seed)[3].values())
+
+    runs = [values(1), values(1, named="other"), values(2)]
+    for one, same, other in zip(*runs):
+        np.testing.assert_array_equal(one, same)
+        assert (one != other).any()
+    assert (runs[0][1][:, :, :7, :7] != runs[0][2][:, :, :7, :7]).any()  # layers differ
 
 
 # What the optimizer knows of new connections.
