@@ -300,12 +300,19 @@ def draw_sizes(figure, rows, records, path):
                     color=COLORS[method],
                 )
         axis.set(xscale="log", xlabel=label, title=title)
+        if quantity == "milliseconds":
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("{x:g}")
+            axis.tick_params(axis="x", which="minor", labelsize=7)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"test accuracy, % (mean of {rows[0]['rounds']} rounds, bars: standard deviation)")
+    axes[0].set_ylabel("test accuracy, %")
     axes[0].legend(loc="lower right")
+    names = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
     canvas.suptitle(
-        f"{DATASET[figure].upper()}: a network made smaller in two ways. Numbers at points: share of the convolutions' "
-        f"weights.  {settings['steps']} steps of {settings['batch_size']} images"
+        f"{names[DATASET[figure]]}: one network made smaller in two ways; at each point the share of the convolutions' "
+        f"weights.\n{settings['steps']} steps of {settings['batch_size']} images, mean of {rows[0]['rounds']} rounds, "
+        "bars: standard deviation",
+        fontsize=11,
     )
     canvas.savefig(path, dpi=110)
     plt.close(canvas)
