@@ -27,6 +27,8 @@ _LEFT, _RIGHT, _TITLE, _GAP, _BOTTOM = 0.62, 0.15, 0.3, 0.3, 0.5
 # More layers than this stand in two columns.
 _LAYERS_IN_A_COLUMN = 8
 _SPACE = "    "
+# More epochs than this are drawn without or with smaller markers.
+_MARKED = 60
 
 
 def plot_patterns(model, include=None, exclude=None, *, ax=None, path=None):
@@ -546,7 +548,8 @@ def _draw_drops(axis, x, records):
     for key, label, color in (("drop", "held-out set", _COLORS[0]), ("test_drop", "test set", _COLORS[1])):
         if any(record.get(key) is not None for record in records):
             values = [np.nan if record.get(key) is None else record[key] for record in records]
-            axis.plot(x, values, color=color, label=label, linewidth=1.5, marker="o", markersize=3)
+            marker = "o" if len(x) <= _MARKED else None
+            axis.plot(x, values, color=color, label=label, linewidth=1.3, marker=marker, markersize=2.5)
     tolerated = [record.get("max_drop") for record in records]
     if any(value is not None for value in tolerated):
         tolerated = [np.nan if value is None else value for value in tolerated]
@@ -554,7 +557,8 @@ def _draw_drops(axis, x, records):
     axis.axhline(0, color=_PRUNED, linewidth=1, zorder=0)
     axis.yaxis.set_major_formatter(percent)
     axis.set_title("drop of accuracy")
-    axis.legend(fontsize=7, frameon=False)
+    # Below: such a curve leaves no corner free.
+    axis.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
 
 
 def _draw_percentiles(axis, x, records):
@@ -568,12 +572,15 @@ def _draw_percentiles(axis, x, records):
         (small == 0, "v", _COLORS[1], "lowered"),
     ):
         if chosen.any():
-            axis.plot(np.asarray(x)[chosen], values[chosen], marker, color=color, markersize=5, label=label, zorder=3)
+            size = 4.5 if len(x) <= _MARKED else 2.5
+            axis.plot(
+                np.asarray(x)[chosen], values[chosen], marker, color=color, markersize=size, label=label, zorder=3
+            )
     axis.set_title(r"percentile of $\theta$")
-    axis.set_ylim(bottom=0, top=103)
+    axis.set_ylim(0, np.clip(1.15 * np.nanmax(values, initial=0), 10, 103))
     axis.yaxis.set_major_formatter(_matplotlib("ticker").PercentFormatter(100))
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
 
 
 # Error against density.
