@@ -5,8 +5,43 @@ import numpy as np
 
 from keras_sparse import validation
 from keras_sparse.allocation import units_to_keep
+from keras_sparse.criteria import FixedPattern
 
-__all__ = ["RandomMask", "fan_scale"]
+__all__ = ["PatternMask", "RandomMask", "fan_scale"]
+
+
+@keras.saving.register_keras_serializable(package="keras_sparse")
+class PatternMask(keras.initializers.Initializer):
+    """A mask that keeps the taps of a fixed pattern, the same ones for every input map.
+
+    ```python
+    layer = ks.layers.SparseConv2D(50, 5, granularity="group", mask_initializer=ks.initializers.PatternMask("cross"))
+    model = ks.sparsify(model, granularity="group", mask_initializer=ks.initializers.PatternMask("cross"))
+    ```
+
+    Training with patterns chosen in advance is the simplest way to thin a network (Lebedev & Lempitsky, 2016, section
+    4.1). `ks.criteria.FixedPattern` says where a pattern lies in kernels of any size; kernels without taps, those of
+    dense layers, stay whole.
+
+    Args:
+        pattern: Name, array or list of strings, as in `ks.criteria.FixedPattern`.
+
+    Raises:
+        TypeError: If `pattern` is of another kind.
+        ValueError: If `pattern` is no pattern, or a mask does not tell taps apart or holds none of the pattern.
+    """
+
+    def __init__(self, pattern):
+        self._criterion = FixedPattern(pattern)
+
+    def __call__(self, shape, dtype=None):
+        if len(shape) > 2 and set(shape[:-2]) == {1} and shape[-1] != 1:
+            # Most likely the connections of a larger kernel, all of which would silently be kept.
+            validation.fail("shape", "tell taps apart, as masks of granularity 'group' do", tuple(shape))
+        return keras.ops.convert_to_tensor(self._criterion.mask(shape), dtype=dtype)
+
+    def get_config(self):
+        return self._criterion.get_config()
 
 
 @keras.saving.register_keras_serializable(package="keras_sparse")

@@ -4,10 +4,11 @@ import keras
 
 from keras_sparse import validation
 from keras_sparse.criteria.base import Criterion
+from keras_sparse.criteria.fixed_pattern import FixedPattern
 from keras_sparse.criteria.magnitude import Magnitude
 from keras_sparse.criteria.random import Random
 
-__all__ = ["Criterion", "Magnitude", "Random", "get", "names"]
+__all__ = ["Criterion", "FixedPattern", "Magnitude", "Random", "get", "names"]
 
 _BY_NAME = {
     "magnitude": Magnitude,

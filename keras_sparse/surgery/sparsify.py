@@ -14,11 +14,12 @@ _SPARSE_TWIN = {keras.layers.Conv2D: SparseConv2D, keras.layers.Dense: SparseDen
 _DENSE_TWIN = {sparse: dense for dense, sparse in _SPARSE_TWIN.items()}
 
 
-def sparsify(model, granularity="connection", include=None, exclude=None):
+def sparsify(model, granularity="connection", include=None, exclude=None, mask_initializer="ones"):
     """Return the model with sparse layers in place of its convolutions and dense layers.
 
-    Weights are kept and all masks are ones, so the new model computes what the old one does. `Conv2D` becomes
-    `SparseConv2D` and `Dense` becomes `SparseDense`; other layers, subclasses of the two included, are copied.
+    Weights are kept and, unless told otherwise, all masks are ones, so the new model computes what the old one does.
+    `Conv2D` becomes `SparseConv2D` and `Dense` becomes `SparseDense`; other layers, subclasses of the two included,
+    are copied.
 
     ```python
     sparse = ks.sparsify(model, granularity="connection", exclude=["conv1", "logits"])
@@ -32,6 +33,8 @@ def sparsify(model, granularity="connection", include=None, exclude=None):
         include: Which layers: a name, a path in a nested model (`"block/conv1"`), a regular expression matched against
             the whole of either, a layer class, or a list of these. `None`: all that have a sparse twin.
         exclude: The same, for layers to leave dense; wins over `include`.
+        mask_initializer: Initializer of the masks, giving zeros and ones: `ks.initializers.PatternMask("cross")` or
+            `ks.initializers.RandomMask(0.9)` for a network that is sparse before it is trained.
 
     Returns:
         A new model; `model` is left as it is. Compiled like `model`, with a fresh optimizer, where that was compiled.
@@ -59,7 +62,11 @@ def sparsify(model, granularity="connection", include=None, exclude=None):
     def exchange(layer):
         if id(layer) not in identities:
             return None
-        config = {**layer.get_config(), "granularity": granularities.serialize(granularity)}
+        config = {
+            **layer.get_config(),
+            "granularity": granularities.serialize(granularity),
+            "mask_initializer": mask_initializer,
+        }
         return _SPARSE_TWIN[type(layer)].from_config(config), _copy_kernel_and_bias
 
     return transform(model, exchange)
@@ -119,6 +126,9 @@ def _is_quantized(layer):
 
 
 def _copy_kernel_and_bias(old, new):
-    new._kernel.assign(old.kernel)
+    kernel = old.kernel
+    if isinstance(new, BaseSparse):  # whose initial mask may prune
+        kernel = kernel * new.mask
+    new._kernel.assign(kernel)
     if old.bias is not None:
         new.bias.assign(old.bias)
