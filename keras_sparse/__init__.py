@@ -4,7 +4,18 @@ import importlib.metadata
 
 import keras
 
-from keras_sparse import callbacks, criteria, granularity, initializers, layers, report, schedules, storage, surgery
+from keras_sparse import (
+    callbacks,
+    criteria,
+    granularity,
+    initializers,
+    layers,
+    regularizers,
+    report,
+    schedules,
+    storage,
+    surgery,
+)
 from keras_sparse.report import count, plot_patterns, plot_process, plot_tradeoff, summary
 from keras_sparse.storage import load_compressed, save_compressed
 from keras_sparse.surgery import depth_multiplier, random_tables, shrink, sparsify, strip
@@ -26,6 +37,7 @@ __all__ = [
     "plot_process",
     "plot_tradeoff",
     "random_tables",
+    "regularizers",
     "report",
     "save_compressed",
     "schedules",

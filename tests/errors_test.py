@@ -54,6 +54,18 @@ def grow(model=None, **options):
     model.fit(x, y, batch_size=4, callbacks=[growing], verbose=0)
 
 
+def damage(data=None, **options):
+    data = (np.zeros((8, 6, 6, 2), "float32"), np.zeros((8, 3), "float32")) if data is None else data
+    return ks.callbacks.GroupwiseBrainDamage(data, **{"delta": 0.01, "epsilon": 0.1, "lambda_": 0.01, **options})
+
+
+def fit_damaged(**options):
+    model = cnn()
+    model.compile("sgd", "mse", metrics=["mae"])
+    x, y = np.zeros((8, 6, 6, 2), "float32"), np.zeros((8, 3), "float32")
+    model.fit(x, y, callbacks=[damage(**options)], verbose=0)
+
+
 def decay(**options):
     defaults = {"initial_sparsity": 0.0, "final_sparsity": 0.9, "begin_step": 0, "end_step": 100}
     return ks.schedules.PolynomialDecay(**{**defaults, **options})
@@ -387,6 +399,98 @@ CASES = [
         "'day'",
     ),
     ("pack a matrix", lambda: packing.thinned_filter(np.ones((3, 3))), ValueError, "kernel", "rank 4", "(3, 3)"),
+    ("lambda < 0", lambda: ks.regularizers.GroupLasso(-0.1), ValueError, "lambda_", ">= 0", "-0.1"),
+    ("lambda text", lambda: ks.regularizers.GroupLasso("big"), TypeError, "lambda_", "number", "'big'"),
+    ("theta < 0", lambda: ks.regularizers.TruncatedGroupLasso(theta=-1), ValueError, "theta", ">= 0", "-1"),
+    ("theta nan", lambda: ks.regularizers.TruncatedGroupLasso(theta=np.nan), ValueError, "theta", "finite", "nan"),
+    (
+        "lasso of taps",
+        lambda: ks.regularizers.GroupLasso(granularity="tap"),
+        ValueError,
+        "granularity",
+        "'group'",
+        "'tap'",
+    ),
+    (
+        "no regularizer",
+        lambda: ks.callbacks.Regularization(None),
+        TypeError,
+        "regularizer",
+        "Keras regularizer",
+        "None",
+    ),
+    ("delta 0", lambda: damage(delta=0), ValueError, "delta", "(0, 1)", "0"),
+    ("delta 1", lambda: damage(delta=1.0), ValueError, "delta", "(0, 1)", "1.0"),
+    ("epsilon < 0", lambda: damage(epsilon=-1), ValueError, "epsilon", ">= 0", "-1"),
+    ("damage lambda < 0", lambda: damage(lambda_=-1), ValueError, "lambda_", ">= 0", "-1"),
+    ("quantile 0", lambda: damage(quantile=0), ValueError, "quantile", "(0, 1]", "0"),
+    ("patience 0", lambda: damage(patience=0), ValueError, "patience", ">= 1", "0"),
+    (
+        "no held-out",
+        lambda: damage((np.zeros((0, 2)), np.zeros(0))),
+        ValueError,
+        "validation_data",
+        "at least one",
+        "0 examples",
+    ),
+    (
+        "one held-out",
+        lambda: damage((np.zeros((1, 2)), np.zeros(1))),
+        ValueError,
+        "validation_data",
+        "two",
+        "1 examples",
+    ),
+    ("held-out uneven", lambda: damage((np.zeros(3), np.zeros(2))), ValueError, "validation_data", "as many", "[2, 3]"),
+    ("held-out alone", lambda: damage(np.zeros((4, 2))), TypeError, "validation_data", "(x, y)", "'ndarray'"),
+    ("report nothing", lambda: damage(report_data=([], [])), ValueError, "report_data", "at least one", "0 examples"),
+    ("monitor unknown", lambda: fit_damaged(), ValueError, "monitor", "'mae'", "'accuracy'"),
+    ("damage dense", lambda: fit_damaged(include="flat"), ValueError, "include", "'flat' (Flatten)", "'flat'"),
+    ("pattern unknown", lambda: ks.criteria.FixedPattern("star"), ValueError, "pattern", "'diamond'", "'star'"),
+    ("fixed pattern a number", lambda: ks.criteria.FixedPattern(3), ValueError, "pattern", "array", "3"),
+    ("pattern of halves", lambda: ks.criteria.FixedPattern([[0.5]]), ValueError, "pattern", "0 and 1", "[[0.5]]"),
+    (
+        "pattern ragged",
+        lambda: ks.criteria.FixedPattern(["#", "##"]),
+        ValueError,
+        "pattern",
+        "one length",
+        "['#', '##']",
+    ),
+    ("pattern empty", lambda: ks.criteria.FixedPattern(["..", ".."]), ValueError, "pattern", "one tap", "['..', '..']"),
+    (
+        "pattern outside",
+        lambda: ks.criteria.FixedPattern(["#..", "...", "..."]).taps(1),
+        ValueError,
+        "pattern",
+        "size (1, 1)",
+        "['#..', '...', '...']",
+    ),
+    ("kernel size 0", lambda: ks.criteria.FixedPattern("cross").taps((3, 0)), ValueError, "kernel_size", ">= 1", "0"),
+    (
+        "kernel size 3D",
+        lambda: ks.criteria.FixedPattern("cross").taps((3, 3, 3)),
+        ValueError,
+        "kernel_size",
+        "pair",
+        "(3, 3, 3)",
+    ),
+    (
+        "pattern of connections",
+        lambda: ks.criteria.FixedPattern("cross").scores(KERNEL, granularity.get("connection")),
+        ValueError,
+        "granularity",
+        "'group'",
+        "'connection'",
+    ),
+    (
+        "pattern mask of connections",
+        lambda: sparse_layer(mask_initializer=ks.initializers.PatternMask("cross")),
+        ValueError,
+        "shape",
+        "'group'",
+        "(1, 1, 2, 4)",
+    ),
     ("groups do not divide", lambda: packing.connection_table(KERNEL, 4), ValueError, "groups", "divide", "4"),
 ]
 

@@ -1,13 +1,17 @@
 """Callbacks that drive masks during `fit`. They see layers only through the mask interface."""
 
 from keras_sparse.callbacks.gradual_pruning import GradualPruning
+from keras_sparse.callbacks.groupwise_brain_damage import GroupwiseBrainDamage
 from keras_sparse.callbacks.incremental_training import IncrementalTraining
+from keras_sparse.callbacks.regularization import Regularization
 from keras_sparse.callbacks.target_sparsity import SparsityEarlyStopping, SparsityModelCheckpoint
 from keras_sparse.callbacks.tensorboard import SparsityTensorBoard
 
 __all__ = [
     "GradualPruning",
+    "GroupwiseBrainDamage",
     "IncrementalTraining",
+    "Regularization",
     "SparsityEarlyStopping",
     "SparsityModelCheckpoint",
     "SparsityTensorBoard",
