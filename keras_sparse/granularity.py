@@ -99,8 +99,8 @@ class Granularity:
         """Reduce an array of the kernel's shape to the units' shape.
 
         Args:
-            array: NumPy array of the kernel's shape.
-            function: A NumPy reduction that takes `axis` and `keepdims`, such as `np.sum`.
+            array: NumPy array or tensor of the kernel's shape.
+            function: A reduction of such that takes `axis` and `keepdims`: `np.sum`, `keras.ops.sum`.
         """
         mask_shape = self.mask_shape(array.shape)
         axes = tuple(i for i, (size, kept) in enumerate(zip(array.shape, mask_shape)) if size != kept)
@@ -292,13 +292,14 @@ class Block(Granularity):
         return other == self
 
     def reduce(self, array, function):
-        return self._over_tiles(array, function, () if self.taps else tuple(range(array.ndim - 2)))
+        return self._over_tiles(array, function, () if self.taps else tuple(range(len(array.shape) - 2)))
 
     def _over_tiles(self, array, function, axes):
         """Reduce over tiles, and over `axes` with them: full tiles at once, those of each edge for themselves."""
+        concatenate = (np if isinstance(array, np.ndarray) else keras.ops).concatenate
         inputs, outputs = array.shape[-2:]
         bands = [
-            np.concatenate(
+            concatenate(
                 [
                     self._over_full_tiles(array[..., top:bottom, left:right], function, axes)
                     for left, right in _cuts(outputs, self.columns)
@@ -307,14 +308,15 @@ class Block(Granularity):
             )
             for top, bottom in _cuts(inputs, self.rows)
         ]
-        return np.concatenate(bands, axis=-2)
+        return concatenate(bands, axis=-2)
 
     def _over_full_tiles(self, array, function, axes):
         *taps, inputs, outputs = array.shape
         rows, columns = min(self.rows, inputs), min(self.columns, outputs)
-        tiles = array.reshape(*taps, inputs // rows, rows, outputs // columns, columns)
-        reduced = function(tiles, axis=(*axes, array.ndim - 1, array.ndim + 1), keepdims=True)
-        return reduced.reshape(*reduced.shape[: len(taps)], inputs // rows, outputs // columns)
+        reshape = (np if isinstance(array, np.ndarray) else keras.ops).reshape
+        tiles = reshape(array, (*taps, inputs // rows, rows, outputs // columns, columns))
+        reduced = function(tiles, axis=(*axes, len(taps) + 1, len(taps) + 3), keepdims=True)
+        return reshape(reduced, (*reduced.shape[: len(taps)], inputs // rows, outputs // columns))
 
     def get_config(self):
         return {"rows": self.rows, "columns": self.columns, "taps": self.taps}

@@ -56,6 +56,25 @@ def test_values_and_gradients(granularity, sparsity):
     assert np.isfinite(slope).all()
 
 
+@pytest.mark.parametrize("taps", [True, False])
+def test_blocks(taps):
+    """Tiles at the edges are smaller: 4 x 7 channels in tiles of 3 x 2."""
+    block = granularities.block(3, 2, taps=taps)
+    sizes, directions = {}, np.zeros_like(KERNEL)
+    for index in np.ndindex(*KERNEL.shape):
+        i, j, s, t = index
+        sizes.setdefault((i, j, s // 3, t // 2) if taps else (s // 3, t // 2), []).append(index)
+    total = 0.0
+    for indices in sizes.values():
+        where = tuple(np.transpose(indices))
+        size = np.sqrt((KERNEL[where] ** 2).sum())
+        total += size
+        directions[where] = KERNEL[where] / size
+    value, slope = gradient(GroupLasso(0.3, block), KERNEL)
+    np.testing.assert_allclose(value, 0.3 * total, rtol=1e-6)
+    np.testing.assert_allclose(slope, 0.3 * directions, rtol=1e-6, atol=1e-12)
+
+
 def test_gradients_numerically():
     for regularizer in (GroupLasso(0.3), TruncatedGroupLasso(0.3, theta=2.5)):
         _, slope = gradient(regularizer, KERNEL)

@@ -103,7 +103,7 @@ class FixedPattern(Criterion):
         shape = np.shape(kernel)
         if len(shape) > 2 and not granularity.taps:
             validation.fail("granularity", f"tell taps apart for {self!r}, as 'group' does", granularity.name)
-        return self.mask(granularity.mask_shape(shape))
+        return self.mask(granularity.units_shape(shape))
 
     def mask(self, shape):
         """Return the pattern as a mask.

@@ -83,6 +83,11 @@ def test_other_ranks_and_granularities(shape, granularity):
     assert scores.mean() == pytest.approx(kept)
 
 
+def test_blocks_of_taps():
+    scores = FixedPattern("cross").scores(np.zeros((3, 3, 5, 4)), granularities.block(2, 3))
+    assert scores.shape == (3, 3, 3, 2) and scores.mean() == pytest.approx(5 / 9)
+
+
 def test_a_one_by_one_kernel_stays_whole():
     assert FixedPattern("square").mask((1, 1, 8, 1)).all()
 
