@@ -261,8 +261,14 @@ class GroupwiseBrainDamage(Regularization):
             )
             self.finish()
             validation.fail("path", rule, self.path)
+        norms, kept = self._survivors(epsilon=0.0)
+        for weight, keep in zip(self._weights, kept):
+            if not keep.any():
+                self.finish()
+                rule = f"have a group left in layer '{weight.name}'; name the layers to sparsify by `include`"
+                validation.fail("model", rule, self.model.name)
         self.history.clear()
-        self._record(epoch, 0, *self._survivors(epsilon=0.0))
+        self._record(epoch, 0, norms, kept)
         self._write()
 
     def _earlier(self, step, epoch):

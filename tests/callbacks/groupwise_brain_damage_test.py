@@ -335,6 +335,16 @@ def test_sample_weights_and_layers(mlp):
         damage().set_model(mlp())
 
 
+def test_a_network_with_an_empty_layer_is_refused_and_left_as_it_is():
+    model = network()
+    layer = model.get_layer("conv2")
+    layer.assign_mask(np.zeros(layer.mask.shape))
+    callback = damage()
+    with pytest.raises(ValueError, match="`model` must have a group left in layer 'conv2'"):
+        callback.start(model)
+    assert model.losses == [] and not callback.history
+
+
 def test_convolutions_are_chosen_among_other_layers():
     """In a plain model, whatever else it holds; in one with sparse layers, the sparse ones."""
     inputs = keras.Input((6, 2))
