@@ -16,6 +16,7 @@ from keras_sparse import (
     storage,
     surgery,
 )
+from keras_sparse.pruning import prune
 from keras_sparse.report import count, plot_patterns, plot_process, plot_tradeoff, summary
 from keras_sparse.storage import load_compressed, save_compressed
 from keras_sparse.surgery import depth_multiplier, random_tables, shrink, sparsify, strip
@@ -36,6 +37,7 @@ __all__ = [
     "plot_patterns",
     "plot_process",
     "plot_tradeoff",
+    "prune",
     "random_tables",
     "regularizers",
     "report",

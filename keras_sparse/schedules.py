@@ -54,6 +54,10 @@ class Schedule:
             return self.end_step
         return step - (step - self.begin_step) % self.frequency
 
+    def updates_before(self, step):
+        """Return how many update steps come before update step `step`."""
+        return -(-(step - self.begin_step) // self.frequency)
+
     @property
     def final_step(self):
         """The step from which on the sparsity stays what it is."""

@@ -47,7 +47,8 @@ class GradualPruning(ScheduledMasks):
     Args:
         schedule: A `ks.schedules.Schedule`.
         granularity: Name, `"n:m"` or `Granularity`; `None` takes the layers' own, `"weight"` for plain layers.
-        criterion: Name (`"magnitude"`, `"l2"`, `"mean"`, `"max"`, `"random"`) or `ks.criteria.Criterion`.
+        criterion: Name (`"magnitude"`, `"l2"`, `"mean"`, `"max"`, `"random"`), `ks.criteria.Criterion`, or scores of
+            your own: `{name: array}` or a function of `(kernel, name)`.
         allocation: `"uniform"`, `"global"`, `"layerwise_constant"`, `"erdos_renyi"`, `"erk"`, or an `Allocation`.
         include: Which layers: name, path in a nested model, regular expression, layer class, or a list of these. A
             model or wrapper stands for the layers in it, `"rnn/cell/recurrent_kernel"` for a single weight.
@@ -86,21 +87,25 @@ class GradualPruning(ScheduledMasks):
         self.include = include
         self.exclude = exclude
         self.allocation.check(self.schedule)
-        self.targets = _check_targets(targets)
+        self.targets = check_targets(targets)
         self.weights = weights
 
     def _take(self, model):
         weights = masked_weights(model, self.granularity, self.include, self.exclude, self.weights)
-        self._own_target = _match_targets(self.targets, weights)
+        self._own_target = match_targets(self.targets, weights)
         for weight, own in zip(weights, self._own_target):
             least, final = weight.granularity.least_sparsity, self.schedule.final_sparsity if own is None else own
             if final < least - 1e-9:
                 rule = f"end at a sparsity of at least {least:g} for '{weight.name}', of granularity "
                 argument = "schedule" if own is None else "targets"
                 validation.fail(argument, f"{rule}'{weight.granularity.name}'", final)
+        self.criterion.check(model, weights)
         return weights
 
     def _apply(self, step):
+        if self._applied is not None and self._applied >= self.schedule.final_step:
+            return  # masks stand once the final sparsity is reached
+        self.criterion.prepare(self.model, self._weights, self.schedule.updates_before(step))
         masks = [weight.mask() for weight in self._weights]
         scores = [self._scores(weight, mask) for weight, mask in zip(self._weights, masks)]
         for weight, mask, score, keep in zip(self._weights, masks, scores, self._share(step, scores)):
@@ -117,8 +122,8 @@ class GradualPruning(ScheduledMasks):
             validation.fail("criterion", rule, scores.shape)
         if np.isnan(scores).any():
             raise ValueError(
-                f"`criterion` must return scores without NaN for '{weight.name}': the kernel holds NaN, training has "
-                f"diverged. Received: criterion={self.criterion!r}"
+                f"`criterion` must return scores without NaN for '{weight.name}': the kernel or a gradient holds NaN, "
+                f"training has diverged. Received: criterion={self.criterion!r}"
             )
         # What is pruned ranks last, so that an allocation over layers chooses among what is left.
         return scores if self.schedule.densifies else np.where(mask != 0, scores, -np.inf)
@@ -144,7 +149,8 @@ class GradualPruning(ScheduledMasks):
         return initial + (sparsity - initial) * (target - initial) / (final - initial)
 
 
-def _check_targets(targets):
+def check_targets(targets):
+    """Return the dict of own targets, or raise where it is none of patterns and sparsities."""
     if targets is None:
         return {}
     if not isinstance(targets, dict):
@@ -155,7 +161,7 @@ def _check_targets(targets):
     }
 
 
-def _match_targets(targets, weights):
+def match_targets(targets, weights):
     """Return the own target of each weight, `None` where it has none; the first pattern that matches holds."""
     for pattern in targets:
         if not any(weight.weight.named_by(pattern) for weight in weights):

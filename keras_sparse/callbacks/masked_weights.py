@@ -58,6 +58,22 @@ class MaskedWeight:
         """Return how many of the kernel's weights the mask sets to zero."""
         return int(self.unit_sizes[self.mask() == 0].sum())
 
+    def expand(self, units):
+        """Return units in the shape of the mask, which broadcasts to the kernel."""
+        return self.granularity.expand(units, self._kernel_shape)
+
+    def unmasked(self):
+        """Return pairs of variables and values with which a forward pass sees this weight without its mask.
+
+        The variable that is trained comes first, with the effective kernel as its value.
+        """
+        return [(self.variable, self.kernel())]
+
+    @property
+    def can_grow(self):
+        """Whether a unit that has been pruned can come back whole."""
+        return True
+
     def candidate(self, scores):
         """Return what an allocation is told of this weight."""
         preferred = self.granularity.preferred(scores)
@@ -111,6 +127,9 @@ class LayerMask(MaskedWeight):
     def kernel(self):
         return _to_numpy(self.layer.kernel)
 
+    def unmasked(self):
+        return [*super().unmasked(), (self.layer.mask, ops.ones_like(self.layer.mask))]
+
     def mask(self):
         own = _to_numpy(self.layer.mask)
         shape = self.granularity.mask_shape(self._kernel_shape)
@@ -118,12 +137,19 @@ class LayerMask(MaskedWeight):
         return self.granularity.contract(own.max(axis=axes, keepdims=True) if axes else own, self._kernel_shape)
 
     def assign(self, mask):
-        units, mask = mask, self.granularity.expand(mask, self._kernel_shape)
+        mask = self.granularity.expand(mask, self._kernel_shape)
         # A coarser granularity than the layer's own writes whole units and leaves what was pruned inside them.
-        coarser = units.shape != mask.shape and self.granularity != self.layer.granularity
-        if coarser or mask.shape != tuple(self.layer.mask.shape):
+        if not self.can_grow:
             mask = mask * _to_numpy(self.layer.mask)
         self.layer.assign_mask(mask)
+
+    @property
+    def can_grow(self):
+        units, mask = (
+            shape(self._kernel_shape) for shape in (self.granularity.units_shape, self.granularity.mask_shape)
+        )
+        coarser = units != mask and self.granularity != self.layer.granularity
+        return not coarser and mask == tuple(self.layer.mask.shape)
 
     def detach(self):
         # The averages that an optimizer with `use_ema` puts in the weights' place in the end know no mask.

@@ -8,7 +8,7 @@ __all__ = ["Criterion"]
 class Criterion:
     """Rates the units of a kernel; those with the highest scores are kept.
 
-    A new criterion overrides `scores` alone (and `get_config` when it has arguments), is exported from
+    A new criterion overrides `scores` alone, as a rule (and `get_config` when it has arguments), is exported from
     `keras_sparse.criteria` and gets a line in the table of `tests/criteria/criteria_test.py`.
     """
 
@@ -24,6 +24,23 @@ class Criterion:
             NumPy array of shape `granularity.units_shape(kernel.shape)`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `scores(kernel, granularity, name)`.")
+
+    def check(self, model, weights):
+        """Raise before training where the criterion cannot rate the weights.
+
+        Args:
+            model: The model that will be pruned.
+            weights: Its `MaskedWeight`s: `name`, `granularity`, `kernel()`.
+        """
+
+    def prepare(self, model, weights, update):
+        """Called before each update, for criteria that look at more than kernels.
+
+        Args:
+            model: The model.
+            weights: As in `check`.
+            update: Number of updates before this one.
+        """
 
     def get_config(self):
         return {}

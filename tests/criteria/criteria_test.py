@@ -65,6 +65,34 @@ def test_serialisation(criterion):
     assert type(again) is type(criterion) and again.get_config() == criterion.get_config()
 
 
+@pytest.mark.parametrize("granularity", [granularities.block(2, 3), granularities.block(2, 3, taps=False), "2:4"])
+def test_scores_have_the_shape_of_units(granularity):
+    """Of blocks too, whose mask has another one."""
+    granularity = granularities.get(granularity)
+    for name in criteria.names():
+        assert criteria.get(name).scores(KERNEL, granularity, "w").shape == granularity.units_shape(KERNEL.shape), name
+
+
+def test_given_scores():
+    by_weight, by_unit = np.random.default_rng(0).random(KERNEL.shape), np.arange(7).reshape(1, 1, 1, 7)
+    maps = granularities.get("feature_map")
+    given = criteria.get({"a": by_weight, "b": by_unit})
+    np.testing.assert_allclose(given.scores(KERNEL, maps, "a").ravel(), by_weight.sum(axis=(0, 1, 2)))
+    np.testing.assert_array_equal(given.scores(KERNEL, maps, "b"), by_unit)
+    function = criteria.get(lambda kernel, name: kernel * (2 if name == "a" else -1))
+    np.testing.assert_array_equal(function.scores(KERNEL, granularities.get("weight"), "b"), -KERNEL)
+    with pytest.raises(ValueError, match="`scores` must hold an array for 'c'"):
+        given.scores(KERNEL, maps, "c")
+    assert "Given('a', 'b')" == repr(given)
+
+
+def test_saliency_needs_gradients_first():
+    saliency = criteria.Saliency((KERNEL, KERNEL), "mse", batches=3)
+    assert repr(saliency) == "Saliency(loss='mse', batch_size=32, batches=3)"
+    with pytest.raises(RuntimeError, match="Saliency knows no gradient of 'w'"):
+        saliency.scores(KERNEL, granularities.get("weight"), "w")
+
+
 def test_a_users_own_criterion():
     class Smallest(criteria.Criterion):
         def scores(self, kernel, granularity, name=""):
