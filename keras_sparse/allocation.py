@@ -54,7 +54,13 @@ def units_to_keep(units, sparsity):
 
 
 class Allocation:
-    """Shares the target sparsity of a network over its layers."""
+    """Shares the target sparsity of a network over its layers.
+
+    Attributes:
+        by_shape: Whether the counts follow from the shapes of the layers alone, and not from scores or the step.
+    """
+
+    by_shape = False
 
     def allocate(self, sparsity, candidates):
         """Return the number of units to keep in each candidate.
@@ -93,6 +99,8 @@ def _register(cls):
 @_register
 class Uniform(Allocation):
     """The same sparsity in every layer, each met to one unit (Zhu & Gupta, 2017, section 3)."""
+
+    by_shape = True
 
     def allocate(self, sparsity, candidates):
         return [units_to_keep(candidate.scores.size, sparsity) for candidate in candidates]
@@ -186,6 +194,8 @@ class _ByShape(Allocation):
 
     What a layer whose density would exceed 1 cannot take is shared among the others, in the same proportion.
     """
+
+    by_shape = True
 
     def _proportion(self, shape):
         raise NotImplementedError

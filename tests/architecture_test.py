@@ -16,7 +16,8 @@ ALLOWED = {
     "validation": set(),
     "files": set(),
     "granularity": {"validation"},
-    "criteria": {"granularity", "validation"},
+    "gradients": {"validation"},
+    "criteria": {"gradients", "granularity", "validation"},
     "allocation": {"validation"},
     "schedules": {"validation"},
     "initializers": {"allocation", "criteria", "validation"},
@@ -29,6 +30,7 @@ ALLOWED = {
         "allocation",
         "criteria",
         "files",
+        "gradients",
         "granularity",
         "initializers",
         "layers",
@@ -40,14 +42,16 @@ ALLOWED = {
         "validation",
     },
     "storage": {"files", "granularity", "validation"},
+    "pruning": {"callbacks", "granularity", "schedules", "validation"},
     "report": {"files", "layers", "probing", "selection", "storage", "validation"},
     "ops": {"validation"},
     "engine": {"ops", "validation"},
     "export": {"engine", "layers", "ops", "probing", "selection", "surgery", "validation"},
 }
 TENSORFLOW_ROOMS = {"ops", "engine", "export"}
-# Beside these rooms one file, which imports TensorFlow when it is used, on any backend: event files are TensorFlow's.
-TENSORFLOW_FILES = {PACKAGE / "report" / "tensorboard.py"}
+# Beside these rooms two files, which import TensorFlow when they are used: event files, on any backend, and gradients,
+# on TensorFlow's own.
+TENSORFLOW_FILES = {PACKAGE / "report" / "tensorboard.py", PACKAGE / "gradients.py"}
 
 
 def imports_of(path):

@@ -49,6 +49,40 @@ assert [record["step"] for record in growing.history] == [0, 6, 12]
 assert history["density"] == [0.5, 1.0, 1.0], history["density"]
 assert np.asarray(model.get_layer("conv").kernel).all()
 
+def recurrent():
+    keras.utils.set_random_seed(0)
+    parts = [keras.layers.LSTM(7, name="lstm"), keras.layers.Dense(4, name="head")]
+    return keras.Sequential([keras.Input((6, 5)), *parts])
+
+
+def zeros_of(model):
+    kernels = [v for v in model.trainable_variables if len(v.shape) == 2]
+    return sum(int((np.asarray(v) == 0).sum()) for v in kernels) / sum(np.asarray(v).size for v in kernels)
+
+
+x, y = generator.random((64, 6, 5)), generator.random((64, 4))
+saliency = ks.criteria.Saliency((x, y), "mse", batches=2)
+assert abs(ks.prune(recurrent(), 0.7, criterion=saliency, allocation="erk") - 0.7) < 0.02
+schedule = ks.schedules.PolynomialDecay(0.0, 0.8, 2, 12, frequency=3)
+for callback in (
+    ks.callbacks.GradualPruning(schedule, criterion=saliency, allocation="global"),
+    ks.callbacks.RigL(0.8, (x, y), end_step=20, frequency=4),
+    ks.callbacks.SET(0.8, end_step=20, frequency=4),
+):
+    model = recurrent()
+    model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse")
+    masks = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: masks.append({w.name: w.mask() for w in callback._weights})
+    )
+    model.fit(x, y, epochs=3, batch_size=8, callbacks=[callback, note], verbose=0)
+    assert abs(zeros_of(model) - 0.8) < 0.03, (callback, zeros_of(model))
+    changes = [
+        step for step in range(1, 24) if any((masks[step][n] != masks[step - 1][n]).any() for n in masks[step])
+    ]
+    due = [4, 7, 10, 11] if isinstance(callback, ks.callbacks.GradualPruning) else [4, 8, 12, 16, 20]
+    assert set(changes) <= set(due) and len(changes) >= 3, (callback, changes)
+
 for name in ("export", "load", "ops"):
     try:
         getattr(ks, name)

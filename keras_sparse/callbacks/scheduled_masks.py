@@ -84,10 +84,7 @@ class ScheduledMasks(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self.update(self._optimizer_step())
-        for weight in self._weights:
-            weight.after_batch(self._optimizer)
-        if logs is not None:
-            logs[self._quantity] = self._figure()
+        self._after_batch(logs)
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is not None:
@@ -153,6 +150,12 @@ class ScheduledMasks(keras.callbacks.Callback):
         self._weights, self._attached = None, False
 
     # The work.
+
+    def _after_batch(self, logs):
+        for weight in self._weights:
+            weight.after_batch(self._optimizer)
+        if logs is not None:
+            logs[self._quantity] = self._figure()
 
     def _attach(self):
         for weight in self._weights:

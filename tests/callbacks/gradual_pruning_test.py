@@ -932,7 +932,7 @@ def test_nan_is_an_error(mlp, fit, kind):
                 variable = self.model.get_layer("b")._kernel
                 variable.assign(variable * float("nan"))
 
-    message = "without NaN for 'b': the kernel holds NaN, training has diverged"
+    message = "without NaN for 'b': the kernel or a gradient holds NaN, training has diverged"
     with pytest.raises(ValueError, match=message):
         fit(mlp(kind), Diverge(), GradualPruning(OneShot(0.5, 5)), epochs=1)
 
