@@ -39,10 +39,13 @@ class Candidate:
     preferred: np.ndarray | None = None
 
     @property
+    def unit_sizes(self):
+        return np.broadcast_to(self.unit_size, self.scores.shape)
+
+    @property
     def weights(self):
-        """Number of weights, and those of every unit."""
-        sizes = np.broadcast_to(self.unit_size, self.scores.shape).ravel()
-        return int(sizes.sum(dtype="int64")), sizes
+        """Number of weights in all units."""
+        return int(self.unit_sizes.sum(dtype="int64"))
 
 
 def units_to_keep(units, sparsity):
@@ -77,6 +80,10 @@ class Allocation:
     def allocate_at(self, schedule, step, candidates):
         """Return the number of units to keep in each candidate at an update step of a schedule."""
         return self.allocate(schedule(step), candidates)
+
+    def final_step(self, schedule):
+        """Return the step from which on the counts stay what they are."""
+        return schedule.final_step
 
     def check(self, schedule):
         """Raise where the layers cannot be pruned along a schedule in this way."""
@@ -130,9 +137,8 @@ class Global(Allocation):
                 flat[best], first[best] = np.inf, True
             scores.append(flat)
             preferred.append(first)
-            weights, own_sizes = candidate.weights
-            total += weights
-            sizes.append(own_sizes)
+            total += candidate.weights
+            sizes.append(candidate.unit_sizes.ravel())
             owners.append(np.full(flat.size, index, "int64"))
         if not scores:
             return []
@@ -181,6 +187,9 @@ class LayerwiseConstant(Allocation):
             units_to_keep(c.scores.size, schedule(own) if own >= begin else 0.0) for c, own in zip(candidates, steps)
         ]
 
+    def final_step(self, schedule):
+        return schedule.end_step
+
     def check(self, schedule):
         if schedule.end_step <= schedule.begin_step:
             rule = "have an `end_step` after its `begin_step`, to be divided among the layers ('layerwise_constant')"
@@ -203,7 +212,7 @@ class _ByShape(Allocation):
     def allocate(self, sparsity, candidates):
         if not candidates:
             return []
-        sizes = np.array([candidate.weights[0] for candidate in candidates], "float64")
+        sizes = np.array([candidate.weights for candidate in candidates], "float64")
         proportions = np.array([self._proportion(candidate.shape) for candidate in candidates], "float64")
         dense = np.zeros(len(candidates), bool)
         while True:

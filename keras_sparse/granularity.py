@@ -69,6 +69,10 @@ class Granularity:
         """Return the number of weights of every unit, in the shape of the units."""
         return np.broadcast_to(self.unit_size(kernel_shape), self.units_shape(kernel_shape))
 
+    def count_weights(self, units, kernel_shape):
+        """Return how many weights the units hold that are not zero in the array `units`."""
+        return int(np.count_nonzero(units)) * self.unit_size(kernel_shape)
+
     @property
     def is_single_weights(self):
         """Whether each weight is a unit and any set of them may be kept, so that no axis has to mean anything."""
@@ -276,6 +280,9 @@ class Block(Granularity):
             for size, length in zip((self.rows, self.columns), kernel_shape[-2:])
         )
         return np.broadcast_to(weights * np.outer(rows, columns), self.units_shape(kernel_shape))
+
+    def count_weights(self, units, kernel_shape):
+        return int(self.unit_sizes(kernel_shape)[units != 0].sum())
 
     def expand(self, units, kernel_shape):
         *_, inputs, outputs = kernel_shape

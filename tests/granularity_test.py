@@ -170,6 +170,7 @@ def test_blocks(rows, columns, taps, function):
         mask = granularity.expand(units, shape)
         assert mask.shape == granularity.mask_shape(shape) and granularity.accepts(mask, shape)
         np.testing.assert_array_equal(granularity.contract(mask, shape), units)
+        assert granularity.count_weights(units, shape) == np.broadcast_to(mask, shape).sum()
         for *tap, row, column in np.ndindex(*reduced.shape):
             inside = (slice(row * rows, (row + 1) * rows), slice(column * columns, (column + 1) * columns))
             tile = kernel[(*tap, *inside)] if taps else kernel[(..., *inside)]

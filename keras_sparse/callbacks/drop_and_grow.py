@@ -70,6 +70,13 @@ class DropAndGrow(ScheduledMasks):
         """Return an array of scores for each weight, in the shape of its units; the highest grow."""
         raise NotImplementedError(f"{type(self).__name__} must define `_grow_scores(step)`.")
 
+    @property
+    def _final_step(self):
+        return self.schedule.end_step
+
+    def _fail_unreachable(self, situation):
+        validation.fail("end_step", f"lie within the steps of `fit`: {situation}", self.schedule.end_step)
+
     # Keras calls these.
 
     def on_epoch_begin(self, epoch, logs=None):

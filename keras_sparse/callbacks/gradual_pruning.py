@@ -102,8 +102,12 @@ class GradualPruning(ScheduledMasks):
         self.criterion.check(model, weights)
         return weights
 
+    @property
+    def _final_step(self):
+        return self.allocation.final_step(self.schedule)
+
     def _apply(self, step):
-        if self._applied is not None and self._applied >= self.schedule.final_step:
+        if self._applied is not None and self._applied >= self._final_step:
             return  # masks stand once the final sparsity is reached
         self.criterion.prepare(self.model, self._weights, self.schedule.updates_before(step))
         masks = [weight.mask() for weight in self._weights]

@@ -56,7 +56,7 @@ class MaskedWeight:
 
     def pruned(self):
         """Return how many of the kernel's weights the mask sets to zero."""
-        return int(self.unit_sizes[self.mask() == 0].sum())
+        return self.size - self.count(self.mask())
 
     def expand(self, units):
         """Return units in the shape of the mask, which broadcasts to the kernel."""
@@ -77,7 +77,9 @@ class MaskedWeight:
     def candidate(self, scores):
         """Return what an allocation is told of this weight."""
         preferred = self.granularity.preferred(scores)
-        return allocations.Candidate(scores, self.unit_sizes, self._kernel_shape, preferred)
+        return allocations.Candidate(
+            scores, self.granularity.unit_sizes(self._kernel_shape), self._kernel_shape, preferred
+        )
 
     def release(self):
         """Called when training begins: undo what a run that an exception ended has left behind."""
@@ -99,9 +101,9 @@ class MaskedWeight:
     def unit_size(self):
         return self.granularity.unit_size(self._kernel_shape)
 
-    @property
-    def unit_sizes(self):
-        return self.granularity.unit_sizes(self._kernel_shape)
+    def count(self, units):
+        """Return how many weights the units hold that are not zero in the array `units`."""
+        return self.granularity.count_weights(units, self._kernel_shape)
 
     @property
     def _kernel_shape(self):

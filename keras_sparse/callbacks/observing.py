@@ -19,7 +19,7 @@ def observed_sparsity(model, logs=None, include=None, exclude=None):
             return 1.0 - float(logs["density"])
     synchronise(model)
     weights = masked_weights(model, None, include, exclude)
-    kept = sum(int(weight.unit_sizes[weight.kept() != 0].sum()) for weight in weights)
+    kept = sum(weight.count(weight.kept()) for weight in weights)
     return 1.0 - kept / sum(weight.size for weight in weights)
 
 

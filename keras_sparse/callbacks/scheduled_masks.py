@@ -40,11 +40,16 @@ class ScheduledMasks(keras.callbacks.Callback):
         """Bring the masks to the state of update step `step` of the schedule."""
         raise NotImplementedError(f"{type(self).__name__} must define `_apply(step)`.")
 
+    @property
+    def _final_step(self):
+        """The last step at which masks change, which `fit` has to reach."""
+        return self.schedule.final_step
+
     def _fail_unreachable(self, situation):
         """Raise: the steps of `fit` end, as `situation` says, before the schedule does."""
         raise ValueError(
             "`schedule` must reach its last update within the steps of `fit`. Its last update is at optimizer step "
-            f"{self.schedule.final_step}, but {situation}. Train for more epochs or lower `end_step`. Received: "
+            f"{self._final_step}, but {situation}. Train for more epochs or lower `end_step`. Received: "
             f"schedule={self.schedule!r}"
         )
 
@@ -74,9 +79,9 @@ class ScheduledMasks(keras.callbacks.Callback):
         before = self._sparsity
         self.update(step)
         self._checked_steps = True
-        if self.schedule.begin_step < self.schedule.final_step < step and self._sparsity != before:
+        if self.schedule.begin_step < self._final_step < step and self._sparsity != before:
             warnings.warn(
-                f"The schedule's last update, at step {self.schedule.final_step}, lies before the optimizer's step "
+                f"The schedule's last update, at step {self._final_step}, lies before the optimizer's step "
                 f"{step}: the {self._quantity} went from {self._figure(before):.4f} to {self._figure():.4f} at once. "
                 "Compile the model again to count from 0, or give the schedule later steps.",
                 stacklevel=2,
@@ -101,10 +106,10 @@ class ScheduledMasks(keras.callbacks.Callback):
                 "from the epoch in which the schedule ends (`start_from_epoch`).",
                 stacklevel=2,
             )
-        elif step < self.schedule.final_step:
+        elif step < self._final_step:
             warnings.warn(
                 f"Training ended at step {step}, before the schedule's last update at step "
-                f"{self.schedule.final_step}: the model's {self._quantity} is {self._figure():.4f}, not "
+                f"{self._final_step}: the model's {self._quantity} is {self._figure():.4f}, not "
                 f"{self._figure(self.schedule.final_sparsity):.4f}.",
                 stacklevel=2,
             )
@@ -181,7 +186,7 @@ class ScheduledMasks(keras.callbacks.Callback):
         optimizer = self._optimizer
         batches = int(keras.ops.convert_to_numpy(optimizer._iterations)) + (epochs - epoch) * steps
         last = batches // (optimizer.gradient_accumulation_steps or 1)
-        if last < self.schedule.final_step:
+        if last < self._final_step:
             self.finish()
             self._fail_unreachable(f"{epochs - epoch} epochs of {steps} batches from step {step} on end at step {last}")
 

@@ -91,7 +91,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
         scalars, images, pruned = {}, {}, 0
         for weight in self._weights:
             mask = weight.kept()
-            zeros = int(weight.unit_sizes[mask == 0].sum())
+            zeros = weight.size - weight.count(mask)
             pruned += zeros
             scalars[f"sparsity/{weight.name}"] = zeros / weight.size
             magnitudes = weight.granularity.reduce(np.abs(weight.kernel()), np.mean)[mask != 0]

@@ -59,7 +59,8 @@ class Given(Criterion):
         return {"scores": self.given}
 
     def __repr__(self):
-        return f"Given({_listed(self.given) if isinstance(self.given, dict) else self.given!r})"
+        given = _listed(self.given) if isinstance(self.given, dict) else repr(self.given)
+        return f"Given({given})"
 
 
 def _listed(names):

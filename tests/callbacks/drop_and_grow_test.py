@@ -37,8 +37,8 @@ class Probe(keras.callbacks.Callback):
         def note(batch, logs=None):
             step = int(self.method.model.optimizer.iterations)
             self.before[step] = {w.name: (w.mask(), w.kernel()) for w in self.method._weights}
-            if isinstance(self.method, RigL):
-                batches = list(self.method._batches.take(self.method.schedule.updates_before(step) if step >= 2 else 0))
+            if isinstance(self.method, RigL) and step in (6, 10, 14, 16):
+                batches = list(self.method._batches.take(self.method.schedule.updates_before(step)))
                 self.gradients[step] = ks.gradients.loss_gradients(self.method.model, self.method._weights, batches[0])
 
         return keras.callbacks.LambdaCallback(on_train_batch_begin=note)
@@ -104,15 +104,17 @@ def test_every_update(mlp, fit, data, kind, method):
                     assert (slot[came] == 0).all() and (slot[(new == 1) & (old == 1)] != 0).any()
                 if kind == "plain":  # a step later they have been trained
                     following = probe.before[step + 1][name][1]
-                    assert (following[came] != 0).mean() > 0.5 or not came.any()
+                    assert not came.any() or (following[came] != 0).mean() > 0.5
             else:
                 np.testing.assert_array_equal(old, new)
             assert (after[new == 0] == 0).all()
     assert moved > 10
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("freq", ["epoch", 6])
+@pytest.mark.parametrize(
+    ("kind", "method", "freq"),
+    [("sparse", "rigl", 6), ("plain", "rigl", 6), ("plain", "rigl", "epoch"), ("plain", "set", 6)],
+)
 def test_resumed_runs_go_on(mlp, data, kind, method, freq, tmp_path):
     """From a file of the end of an epoch or of an update step, written before or after the callback's turn."""
 
@@ -191,17 +193,18 @@ def test_loop_of_ones_own(mlp, data, kind, method):
 def test_structured(cnn, fit, data, method):
     """Connections of a sparse model; 2 of 4 weights of a plain one, at every step."""
     model = cnn("sparse", "connection")
-    pruning = METHODS[method](model, data, sparsity=0.6, allocation="uniform")
-    fit(model, pruning)
+    options = {"allocation": "uniform", "end_step": 8, "frequency": 3}
+    pruning = METHODS[method](model, data, sparsity=0.6, **options)
+    fit(model, pruning, epochs=1)
     connections = {name: np.asarray(model.get_layer(name).mask).sum() for name in ("conv", "point", "head")}
     assert connections == {"conv": 3, "point": 10, "head": 7}
     model, seen = cnn(), []
-    pruning = METHODS[method](model, data, granularity="2:4", allocation="uniform", exclude="conv")
+    pruning = METHODS[method](model, data, granularity="2:4", exclude="conv", **options)
     note = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: seen.append({w.name: w.mask() for w in pruning._weights})
     )
-    fit(model, pruning, note)
-    assert any((seen[i]["point"] != seen[i - 1]["point"]).any() for i in range(4, 20))
+    fit(model, pruning, note, epochs=1)
+    assert any((seen[i]["point"] != seen[i - 1]["point"]).any() for i in range(4, 10))
     for masks in seen[3:]:
         for mask in masks.values():
             for start in range(0, mask.shape[-2], 4):
@@ -254,7 +257,9 @@ def test_arguments(mlp, fit, data):
     with pytest.raises(TypeError, match="`data` must be arrays"):
         RigL(0.5, None, end_step=10, frequency=5)
     for method in METHODS.values():
-        with pytest.raises(ValueError, match="`schedule` must reach its last update within the steps of `fit`"):
+        with pytest.raises(
+            ValueError, match="`end_step` must lie within the steps of `fit`: 2 epochs of 10 .* step 20"
+        ):
             fit(mlp(), method(model, data, end_step=40))
         with pytest.raises(ValueError, match="`sparsity` must be at least 0.75 for 'a', of granularity '1:4'"):
             fit(mlp(), method(model, data, granularity="1:4"))

@@ -279,6 +279,13 @@ def test_layer_after_layer(cnn, fit, recorder, kind):
             progress = min(max(min(step - step % 2, 14) - (2 + 6 * index), 0) / 6, 1)
             assert masks[name].sum() == round(size * (0.25 + 0.75 * (1 - progress) ** 3)), (step, name)
     assert [kept(masks)["head"] for masks in (record.masks[0], record.masks[-1])] == [18, 9]
+    pruning = GradualPruning(ConstantSparsity(0.5, 2, 8, frequency=2), allocation="layerwise_constant")
+    pruning.start(model := cnn(kind, "weight"))
+    counts = [[pruning.update(step), kept(masks_of(pruning))][1] for step in range(2, 10)]
+    assert [tuple(count.values()) for count in counts] == [(36, 24, 18)] * 2 + [(36, 12, 18)] * 2 + [(36, 12, 9)] * 4
+    pruning = GradualPruning(ConstantSparsity(0.5, 2, 30, frequency=2), allocation="layerwise_constant")
+    with pytest.raises(ValueError, match="`schedule` must reach its last update within the steps of `fit`"):
+        fit(model, pruning)
     for schedule in (OneShot(0.5), ConstantSparsity(0.5, 0)):
         with pytest.raises(ValueError, match="`schedule` must have an `end_step` after its `begin_step`"):
             GradualPruning(schedule, allocation="layerwise_constant")
