@@ -95,7 +95,7 @@ def measure(name, options):
 def table(results):
     """Return the lines of the table, in Markdown."""
     lines = [
-        "| network | params | MAdds of dense layers | batch | dense, ms | compact | op |",
+        "| network | params | MAdds, zeros included | batch | dense, ms | compact | op |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
