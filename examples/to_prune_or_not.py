@@ -415,7 +415,7 @@ def draw_mobilenet(records, path):
     ticks = [20, 50, 100, 200, 500]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
-    axis.yaxis.set_major_formatter("{x:.0%}")
+    axis.yaxis.set_major_formatter("{x:.1%}")
     axis.margins(x=0.12, y=0.12)
     axis.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120)
@@ -443,7 +443,7 @@ def draw_course(records, path):
     rate.spines["right"].set_visible(True)
     above.set(ylabel="sparsity", ylim=(-0.02, 1.0), title="Pruning while the learning rate is high enough to recover")
     below.set(xlabel="optimizer step", ylabel="accuracy, 2,000 images held out")
-    below.yaxis.set_major_formatter("{x:.0%}")
+    below.yaxis.set_major_formatter("{x:.1%}")
     below.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -44,6 +44,7 @@ ALLOWED = {
     "storage": {"files", "granularity", "validation"},
     "pruning": {"callbacks", "granularity", "schedules", "validation"},
     "report": {"files", "layers", "probing", "selection", "storage", "validation"},
+    "interop": {"granularity", "schedules", "selection", "surgery", "validation"},
     "ops": {"validation"},
     "engine": {"ops", "validation"},
     "export": {"engine", "layers", "ops", "probing", "selection", "surgery", "validation"},

@@ -9,6 +9,7 @@ import pytest
 import keras_sparse as ks
 from keras_sparse import allocation, granularity
 from keras_sparse.engine import packing
+from keras_sparse.interop import tfmot
 
 
 def cnn():
@@ -439,6 +440,23 @@ CASES = [
         "update_freq",
         "'epoch'",
         "'day'",
+    ),
+    ("convert a layer", lambda: tfmot.convert_model(keras.layers.Dense(2)), TypeError, "model", "tf_keras", "Dense"),
+    (
+        "convert a subclass",
+        lambda: tfmot.convert_model(Subclassed()),
+        ValueError,
+        "model",
+        "Sequential",
+        "'subclassed'",
+    ),
+    (
+        "convert our schedule",
+        lambda: tfmot.convert_schedule(decay()),
+        TypeError,
+        "pruning_schedule",
+        "PolynomialDecay or ConstantSparsity",
+        "PolynomialDecay",
     ),
     ("pack a matrix", lambda: packing.thinned_filter(np.ones((3, 3))), ValueError, "kernel", "rank 4", "(3, 3)"),
     ("lambda < 0", lambda: ks.regularizers.GroupLasso(-0.1), ValueError, "lambda_", ">= 0", "-0.1"),

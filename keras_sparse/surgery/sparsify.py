@@ -7,7 +7,7 @@ from keras_sparse import selection, validation
 from keras_sparse.layers import BaseSparse, SparseConv2D, SparseDense
 from keras_sparse.surgery.transform import check_supported, is_graph, transform
 
-__all__ = ["dense_twin", "sparsify", "strip"]
+__all__ = ["dense_twin", "sparsifiable_layers", "sparsify", "strip", "with_sparse_layers"]
 
 # Exact classes: a user's subclass of Conv2D has a `call` that the sparse layer would not run.
 _SPARSE_TWIN = {keras.layers.Conv2D: SparseConv2D, keras.layers.Dense: SparseDense}
@@ -45,19 +45,28 @@ def sparsify(model, granularity="connection", include=None, exclude=None, mask_i
     """
     check_supported(model, "sparsify it")
     granularity = granularities.get(granularity)
-    layers = selection.flatten_layers(model)
-    # Children of wrappers and composite layers cannot be exchanged from outside.
-    outer = _graph_layers(model)
-    candidates = {
-        path: layer
-        for path, layer in layers.items()
-        if type(layer) in _SPARSE_TWIN and id(layer) in outer and not _is_quantized(layer)
-    }
-    chosen = selection.select(candidates, include, exclude, known=layers, parents=selection.parents_of(model))
+    known, parents = selection.flatten_layers(model), selection.parents_of(model)
+    chosen = selection.select(sparsifiable_layers(model), include, exclude, known=known, parents=parents)
     if not chosen:
         rule = "hold a Conv2D or Dense layer that `include` names and `exclude` does not"
         validation.fail("model", rule, model.name)
-    identities = {id(layer) for layer in chosen.values()}
+    return with_sparse_layers(model, chosen.values(), granularity, mask_initializer)
+
+
+def sparsifiable_layers(model):
+    """Return `{path: layer}` of the layers that have a sparse twin to take their place."""
+    # Children of wrappers and composite layers cannot be exchanged from outside.
+    outer = _graph_layers(model)
+    return {
+        path: layer
+        for path, layer in selection.flatten_layers(model).items()
+        if type(layer) in _SPARSE_TWIN and id(layer) in outer and not _is_quantized(layer)
+    }
+
+
+def with_sparse_layers(model, layers, granularity, mask_initializer="ones"):
+    """Return the model with sparse twins, of a `Granularity`, in place of some of its layers."""
+    identities = {id(layer) for layer in layers}
 
     def exchange(layer):
         if id(layer) not in identities:

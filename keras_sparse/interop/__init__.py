@@ -1,0 +1,5 @@
+"""Models and schedules of other packages."""
+
+from keras_sparse.interop import tfmot
+
+__all__ = ["tfmot"]
