@@ -422,6 +422,7 @@ def test_which_variables():
     pruning.start(model)
     recurrent = ["lstm/lstm_cell/kernel", "lstm/lstm_cell/recurrent_kernel"]
     assert list(pruning.history[0]["layers"]) == ["embedding", "separable/pointwise_kernel", *recurrent, "dense"]
-    assert weights[tf_keras.layers.LSTM] == ["kernel", "recurrent_kernel"]
+    cells = prune_registry.PruneRegistry._RNN_CELLS_WEIGHTS_MAP
+    assert cells[tf_keras.layers.LSTMCell] == ["kernel", "recurrent_kernel"]
     cell = model.get_layer("lstm").cell
     assert np.count_nonzero(keras.ops.convert_to_numpy(cell.recurrent_kernel)) == 50
