@@ -529,10 +529,10 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
   const double reach =
       (static_cast<double>(grid.reach_height) + 1) * (static_cast<double>(grid.reach_width) + 1);
   if (reach > 1 << 16) return 0;
-  parameters.outer = parameters.pointwise && static_cast<double>(arguments->kept) >=
-                                                 kOuterDensity *
-                                                     static_cast<double>(geometry.in_channels) *
-                                                     static_cast<double>(geometry.out_channels);
+  parameters.outer = parameters.pointwise && arguments->kept > 0 &&
+                     static_cast<double>(arguments->kept) >=
+                         kOuterDensity * static_cast<double>(geometry.in_channels) *
+                             static_cast<double>(geometry.out_channels);
   if (parameters.outer) {
     const int64_t regions = CeilDiv(grid.columns, kOuterPixels);
     parameters.regions = {1, 1, CeilDiv(grid.columns, regions), 1, regions};
