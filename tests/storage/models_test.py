@@ -102,7 +102,8 @@ def test_a_model_pruned_in_place_and_its_optimizer(tmp_path):
     assert small["bytes"] < whole["bytes"]
     fresh = ks.load_compressed(tmp_path / "small")
     assert_same(model, fresh)
-    assert fresh.compiled and fresh.optimizer.name == "adam" and int(fresh.optimizer.iterations) == 0
+    assert fresh.compiled and isinstance(fresh.optimizer, keras.optimizers.Adam)
+    assert int(fresh.optimizer.iterations) == 0
     assert float(fresh.optimizer.learning_rate) == pytest.approx(1e-2)
     assert set(fresh.evaluate(x, y, verbose=0, return_dict=True)) == {"loss", "mae"}
     assert not ks.load_compressed(tmp_path / "small", compile=False).compiled
