@@ -143,7 +143,7 @@ def run_ptb(data, vocabulary, sparsity, epochs, hold, tokens, seed):
 
 # The images.
 
-WIDTHS = (1.0, 0.75, 0.5, 0.25)
+WIDTHS = (1.0, 0.75, 0.5, 0.375, 0.25)
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1))  # output channels at width 1, stride
 
 
@@ -191,13 +191,16 @@ def predicted_bytes(model, sparsity):
 
 
 def sparsity_for(model, goal):
-    """Return the lowest sparsity, in thousandths, at which the model's tensors take at most `goal` bytes."""
-    low, high = 0, 999
+    """Return the lowest sparsity, in thousandths, at which the model's tensors take at most `goal` bytes.
+
+    `None` where no sparsity up to 99% is enough: what is not pruned takes too much by itself.
+    """
+    low, high = 0, 991
     while low < high:
         middle = (low + high) // 2
         fits = predicted_bytes(model, middle / 1000) <= goal
         low, high = (low, middle) if fits else (middle + 1, high)
-    return low / 1000
+    return low / 1000 if low < 991 else None
 
 
 def run_mobilenet(data, width, sparsity, epochs, examples, seed):
@@ -349,8 +352,8 @@ def mobilenet_notes(records):
     return f"""{settings["dataset"]}, {images} training images, {settings["epochs"]} epochs for every model, one
 learning rate for all. Sparsities are those of the pointwise convolutions and the classifier. They are chosen before
 training so that the tensors take as many bytes as those of a narrower dense network, predicted by
-`ks.storage.nbytes`. Tensor bytes are those of each tensor in its smallest encoding; the file holds the configuration,
-too. Minutes are process time.
+`ks.storage.nbytes`; the narrowest has no sparse rival, since what stays dense takes as much by itself. Tensor bytes are
+those of each tensor in its smallest encoding; the file holds the configuration, too. Minutes are process time.
 """
 
 
@@ -483,7 +486,8 @@ def main():
         classes, shape = int(data[1].max()) + 1, data[0].shape[1:]
         models = {width: mobilenet(width, classes, shape) for width in WIDTHS}
         goals = [predicted_bytes(models[width], 0.0) for width in WIDTHS[1:]]
-        plans = [(width, 0.0) for width in WIDTHS] + [(1.0, sparsity_for(models[1.0], goal)) for goal in goals]
+        sparsities = [sparsity_for(models[1.0], goal) for goal in goals]
+        plans = [(width, 0.0) for width in WIDTHS] + [(1.0, sparsity) for sparsity in sparsities if sparsity]
         for seed in range(args.seed, args.seed + args.rounds):
             for width, sparsity in plans:
                 results.run(
