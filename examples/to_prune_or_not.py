@@ -151,7 +151,8 @@ def mobilenet(width, classes, shape):
     """A MobileNet for small images: a convolution, five depthwise separable blocks, pooling, a classifier."""
 
     def normalised(x):
-        return keras.layers.ReLU(6.0)(keras.layers.BatchNormalization()(x))
+        # Short trainings: averages over 100 steps would still hold the values they began with.
+        return keras.layers.ReLU(6.0)(keras.layers.BatchNormalization(momentum=0.9)(x))
 
     inputs = keras.Input(shape)
     x = keras.layers.Conv2D(int(32 * width), 3, strides=2, padding="same", use_bias=False, name="stem")(inputs)
