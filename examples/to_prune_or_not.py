@@ -23,6 +23,7 @@ import keras
 import numpy as np
 
 import keras_sparse as ks
+from keras_sparse import files
 
 OUTPUT = pathlib.Path(__file__).parents[1] / "docs" / "results"
 NAME = "to_prune_or_not"
@@ -291,7 +292,21 @@ def figures(results, output):
             f"![sparsity, learning rate and accuracy while training]({NAME}_course.png)",
             "",
         ]
-    (output / f"{NAME}.md").write_text("\n".join(text))
+    text += ["## Commands", "", commands(results.records)]
+    with files.replacing(output / f"{NAME}.md") as staging:
+        pathlib.Path(staging).write_text("\n".join(text))
+
+
+def commands(records):
+    """Return the commands of the runs, with how long they took."""
+    seconds = {}
+    for record in records:
+        line = "python examples/" + " ".join(record["command"])
+        seconds[line] = seconds.get(line, 0) + record["wall_seconds"]
+    lines = [f"- `{line}`: {total / 60:.1f} minutes of wall time" for line, total in seconds.items()]
+    return "\n".join(
+        [*lines, "", "Settings, seeds, wall and process times of each run, and the machine, are in the JSON file.", ""]
+    )
 
 
 def ptb_table(records):
@@ -413,7 +428,7 @@ def draw_mobilenet(records, path):
         for size, accuracy, (width, sparsity) in points:
             if bool(sparsity) == sparse:
                 text = f"{sparsity:.0%}" if sparse else f"width {width:g}"
-                place = (4, 6) if sparse else (4, -12)
+                place = (-24, 7) if sparse else (4, -12)
                 axis.annotate(text, (size / 1e3, accuracy), place, textcoords="offset points", fontsize=8, color=color)
     axis.set(xlabel="kilobytes of all tensors, smallest encodings", ylabel="test accuracy", xscale="log")
     ticks = [20, 50, 100, 200, 500]
@@ -445,7 +460,7 @@ def draw_course(records, path):
     rate.plot(widest[0]["course"]["step"], widest[0]["course"]["learning_rate"], "--", color="#75848e")
     rate.set(ylabel="learning rate (dashed)", yscale="log")
     rate.spines["right"].set_visible(True)
-    above.set(ylabel="sparsity", ylim=(-0.02, 1.0), title="Pruning while the learning rate is high enough to recover")
+    above.set(ylabel="sparsity", ylim=(-0.02, 1.0), title="Sparsity and learning rate, and the accuracy below")
     below.set(xlabel="optimizer step", ylabel="accuracy, 2,000 images held out")
     below.yaxis.set_major_formatter("{x:.1%}")
     below.legend(frameon=False, loc="lower right")
