@@ -1,10 +1,15 @@
 """Tiny networks and data for the tests of callbacks; all names of layers are fixed, as a resumed run needs them."""
 
+import pathlib
+import sys
+
 import keras
 import numpy as np
 import pytest
 
 import keras_sparse as ks
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for interruption.py
 
 
 def _mlp(kind="plain", granularity="weight", **options):

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from interruption import Interrupt, state
 
 import keras_sparse as ks
 from keras_sparse.callbacks import GradualPruning
@@ -103,22 +104,6 @@ def assert_nested(smaller, larger):
 
 def kept(masks):
     return {name: int(mask.sum()) for name, mask in masks.items()}
-
-
-class Interrupt(keras.callbacks.Callback):
-    """Breaks `fit` off after so many steps, or at the end of an epoch."""
-
-    def __init__(self, step=None, epoch=None):
-        super().__init__()
-        self.step, self.epoch = step, epoch
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self.step == int(self.model.optimizer.iterations):
-            raise InterruptedError(f"step {self.step}")
-
-    def on_epoch_end(self, epoch, logs=None):
-        if self.epoch == epoch:
-            raise InterruptedError(f"epoch {self.epoch}")
 
 
 # The schedule is followed, step by step.
@@ -687,11 +672,6 @@ def test_validation_in_fit(mlp, data, kind):
 # Resumed runs (invariant 2).
 
 RESUMED = PolynomialDecay(0.0, 0.8, 2, 26, frequency=4)  # 2, 6, 10, ..., 26, with ten steps an epoch
-
-
-def state(model):
-    """Every number that training left in the model and its optimizer."""
-    return [keras.ops.convert_to_numpy(variable) for variable in model.variables + model.optimizer.variables]
 
 
 def compiled(model):

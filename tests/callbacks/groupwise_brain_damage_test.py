@@ -5,6 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
+from interruption import Interrupt, state
 
 import keras_sparse as ks
 from keras_sparse.callbacks import GroupwiseBrainDamage
@@ -189,24 +190,6 @@ def test_a_kernel_without_a_group_stops_and_the_model_is_intact(kind, cause, tmp
     assert ("diverged" if cause == "nan" else "'conv2'") in callback.stopped
     assert json.loads((tmp_path / "d.json").read_text())["stopped"] == callback.stopped
     assert callback.history[-1]["sparsity"] == callback.history[-2]["sparsity"]
-
-
-class Interrupt(keras.callbacks.Callback):
-    def __init__(self, step=None, epoch=None):
-        super().__init__()
-        self.step, self.epoch = step, epoch
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self.step == int(self.model.optimizer.iterations):
-            raise InterruptedError(f"step {self.step}")
-
-    def on_epoch_end(self, epoch, logs=None):
-        if self.epoch == epoch:
-            raise InterruptedError(f"epoch {self.epoch}")
-
-
-def state(model):
-    return [keras.ops.convert_to_numpy(v) for v in model.variables + model.optimizer.variables]
 
 
 UNINTERRUPTED = {}

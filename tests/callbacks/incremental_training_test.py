@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from interruption import Interrupt, state
 
 import keras_sparse as ks
 from keras_sparse.callbacks import IncrementalTraining
@@ -262,7 +263,7 @@ def test_the_optimizer_forgets_new_connections_alone(optimizer):
     growing = IncrementalTraining(0.25, doubling_steps=5, initializer="layer")
     growing.start(model, optimizer=optimizer)
     before = masks_of(model)["conv1"]
-    # Every state of the kernel's shape whose name is the kernel's, whichever attribute holds it.
+    # Every slot of the kernel's shape whose name is the kernel's, whichever attribute holds it.
     name = variable.path.replace("/", "_")
     own = [v for v in inner.variables if v.shape == variable.shape and f"/{name}_" in f"/{v.path}"]
     known = [keras.ops.convert_to_numpy(v) for v in own]
@@ -270,15 +271,15 @@ def test_the_optimizer_forgets_new_connections_alone(optimizer):
     growing.update(5)
     new = np.broadcast_to(masks_of(model)["conv1"] & ~before, variable.shape)
     initial = {"accumulator": 0.3 if isinstance(inner, keras.optimizers.Adagrad) else 0.1}
-    for state, value in zip(own, known, strict=True):
-        kind = state.path.split(name + "_")[1]
+    for slot, value in zip(own, known, strict=True):
+        kind = slot.path.split(name + "_")[1]
         wanted = (
             keras.ops.convert_to_numpy(variable)
             if kind == "average"
             else np.full(variable.shape, initial.get(kind, 0.0))
         )
-        np.testing.assert_allclose(keras.ops.convert_to_numpy(state)[new], wanted[new], rtol=1e-6, err_msg=state.path)
-        np.testing.assert_array_equal(keras.ops.convert_to_numpy(state)[~new], value[~new], err_msg=state.path)
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(slot)[new], wanted[new], rtol=1e-6, err_msg=slot.path)
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(slot)[~new], value[~new], err_msg=slot.path)
 
 
 def test_one_optimizer_of_several():
@@ -298,8 +299,8 @@ def test_one_optimizer_of_several():
         new = np.broadcast_to(masks_of(model)[name] & ~before[name], variable.shape)
         states = [keras.ops.convert_to_numpy(v) for v in inner.variables if v.shape == variable.shape]
         assert states
-        for state in states:
-            assert not state[new].any() and state[~new].all()
+        for slot in states:
+            assert not slot[new].any() and slot[~new].all()
 
 
 # Steps, whatever bundles them.
@@ -326,20 +327,6 @@ def test_gradient_accumulation():
 
 
 # Resumed runs (invariant 2).
-
-
-def state(model):
-    return [keras.ops.convert_to_numpy(variable) for variable in model.variables + model.optimizer.variables]
-
-
-class Interrupt(keras.callbacks.Callback):
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def on_train_batch_end(self, batch, logs=None):
-        if int(self.model.optimizer.iterations) == self.step:
-            raise InterruptedError
 
 
 @pytest.mark.parametrize(("initializer", "first"), [("zeros", False), ("layer", True)])
