@@ -226,10 +226,11 @@ def run_cells(args):
         if not error < 1e-4:
             raise SystemExit(f"{layer['name']} at density {density}: results differ by {error:.1e}")
         functions, shapes = cell.functions(args.which)
-        # Small cells are repeated within the graph until a call's own cost vanishes beside the sparse op, the shorter
-        # one; large cells need no more than 2.
+        # Cells are repeated within the graph until a call's own cost, 0.1 ms, vanishes beside the sparse op, the
+        # shorter one, whose time is guessed from its sums and from the memory it moves.
+        guess = cell.flops / 150e9 + 4 * sum(math.prod(shape) for shape in shapes) / 10e9
         # TensorFlow keeps copies of a constant filter for each of its ops.
-        unroll = int(min(48, max(2, min(2e9 // max(cell.flops, 1), 3e8 // cell.kernel.nbytes))))
+        unroll = int(min(128, max(2, min(0.02 / guess, 3e8 // cell.kernel.nbytes))))
         seconds = timing.alternate(functions, shapes, unroll=unroll, repeats=args.repeats, budget=args.budget)
         gc.collect()  # graphs, and the filters they hold, lie in reference cycles
         dense = min(seconds["dense_constant"], seconds["dense_argument"])

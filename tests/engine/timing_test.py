@@ -26,6 +26,23 @@ def test_a_call_computes_as_often_as_asked_though_nobody_reads_the_results():
     assert seen == [0, 1, 2, 3, 0, 1]
 
 
+def test_a_turn_is_two_calls_on_different_inputs():
+    seen = []
+
+    def function(name):
+        def note(x):
+            seen.append((name, float(x[0])))
+            return x
+
+        return lambda x: tf.numpy_function(note, [x], tf.float32)
+
+    timing.alternate({name: function(name) for name in "ab"}, [(2,)], repeats=3, budget=1e-9)
+    turns = seen[-12:]  # three rounds; before, each function is called to be traced
+    assert [name for name, _ in turns] == list("aabb" * 3)
+    assert len({value for name, value in turns if name == "a"}) == 4  # all buffers
+    assert all(turns[i][1] != turns[i + 1][1] for i in range(0, 12, 2))
+
+
 def test_inputs_have_the_types_asked_for():
     seen = []
 
