@@ -727,9 +727,10 @@ struct Work {
   const uint16_t* masks;
   Region region;
   int64_t taps;
-  int64_t* offsets;  // Of the taps, in a plane.
-  bool accumulate;   // Whether to add to the results.
-  float* results;    // Of all connections.
+  int64_t* offsets;                 // Of the taps, in a plane.
+  bool accumulate;                  // Whether to add to the results.
+  float* results;                   // Of all connections.
+  Upcoming upcoming_x, upcoming_d;  // What is packed next.
   WindowFunction window;
   DotFunction dot[kMaxProducts + 1];
   PixelsFunction pixels[kMaxProducts + 1];
@@ -742,8 +743,8 @@ KS_INLINE int64_t Together(int64_t left) {
 
 // All connections from a block of input channels. `x` is the plane of the first of them, `d` that
 // of out_begin.
-void AddProducts(const Work& work, int64_t block, const float* x, int64_t out_begin,
-                 int64_t out_end, const float* d) {
+void AddProducts(Work& work, int64_t block, const float* x, int64_t out_begin, int64_t out_end,
+                 const float* d) {
   const KsArguments& arguments = work.arguments;
   const Parameters& parameters = work.parameters;
   const int64_t taps = work.taps;
@@ -752,6 +753,8 @@ void AddProducts(const Work& work, int64_t block, const float* x, int64_t out_be
   const int32_t* ends = starts + arguments.geometry.out_channels;
   for (int64_t o = out_begin; o < out_end; ++o, d += parameters.d_size) {
     const int64_t first = starts[o], last = ends[o];
+    FetchDue(1, &work.upcoming_x);
+    FetchDue(1, &work.upcoming_d);
     if (first == last) continue;
     float* results = work.results + first * taps;
     if (parameters.pointwise) {
@@ -918,8 +921,8 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
   const int64_t taps = geometry.kernel_height * geometry.kernel_width;
   const int64_t x_columns = parameters.x_columns;
   Arena arena = {static_cast<char*>(memory->scratch)};
-  Work work = {*arguments, parameters, connections, starts,  masks, {}, taps,
-               nullptr,    false,      nullptr,     nullptr, {},    {}};
+  Work work = {*arguments, parameters, connections, starts, masks,   {}, taps, nullptr,
+               false,      nullptr,    {},          {},     nullptr, {}, {}};
   work.region = {regions.rows,
                  regions.columns,
                  grid.step_height * x_columns * kLanes,
@@ -940,6 +943,15 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
                                : parameters.block_channels * parameters.x_size);
   float* const d_planes = reinterpret_cast<float*>(planes_arena.at);
 
+  // Tensors that the second-level cache does not hold are fetched for one pack while the last one
+  // is computed with. With several taps that was slower: planes are then read out of that cache,
+  // too.
+  const bool fetch = parameters.pointwise && !parameters.shared_planes && !parameters.outer &&
+                     grid.batch *
+                             (grid.height * grid.width * geometry.in_channels +
+                              grid.rows * grid.columns * geometry.out_channels) *
+                             4 >=
+                         kFetchFrom;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t part = item / parameters.splits;
     const int64_t split = item % parameters.splits;
@@ -962,6 +974,23 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
         if (!parameters.shared_planes) {
           Pack(parameters, x_source, true, group, c, c_end, x_planes);
           x = x_planes;
+        }
+        FetchNothing(&work.upcoming_x);
+        FetchNothing(&work.upcoming_d);
+        if (fetch) {
+          const bool last_block = block + 1 == parameters.blocks;
+          const int64_t steps = out_end - out_begin;
+          const int64_t next_group = last_block ? group + 1 : group;
+          if (next_group < last || (parameters.splits == 1 && item + 1 < end)) {
+            const int64_t next = last_block ? 0 : c_end;
+            FetchLanes(regions, x_source, next_group, next,
+                       Min(geometry.in_channels, next + parameters.block_channels), steps,
+                       &work.upcoming_x);
+            if (last_block) {
+              FetchLanes(regions, d_source, next_group, out_begin, out_end, steps,
+                         &work.upcoming_d);
+            }
+          }
         }
         if (parameters.outer) {
           AddBlock(work, block, OuterPixels(parameters, grid.columns, group), x, out_begin, out_end,

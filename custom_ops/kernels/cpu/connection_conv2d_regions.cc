@@ -23,6 +23,7 @@
 // chosen so that their planes stay in the L1 cache (see "One tap").
 
 #include "custom_ops/kernels/cpu/epilogue.h"
+#include "custom_ops/kernels/cpu/fetch.h"
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
 #include "custom_ops/kernels/cpu/transposed_table.h"
@@ -448,6 +449,14 @@ void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int6
   }
 }
 
+// Source channels [begin, end) of a group without margins, to be fetched in `steps` steps.
+void FetchPlanes(const Parameters& p, const Regions& regions, int64_t begin, int64_t end,
+                 int64_t steps, Upcoming* upcoming) {
+  for (int l = 0; l < kLanes; ++l) upcoming->pixels[l] = regions.source[l] + 4 * begin;
+  FetchPixelsIn(steps, p.plane_rows, p.plane_columns, 4 * (end - begin), 4 * p.source_row,
+                4 * p.source_column, upcoming);
+}
+
 // Fetches one cache line of every pixel of a block in lane `lane`, the one that holds `channel`:
 // where StoreBlock will store, while the sums are computed. Where a lane has no pixel this names
 // memory that may not exist, which a prefetch ignores.
@@ -668,6 +677,7 @@ struct Work {
   PixelFunction sum_pixels;  // For one tap, instead.
   Table table;
   Regions regions;
+  Upcoming upcoming;
   float* sums;   // [channels computed together][tile_stride]
   float* zeros;  // [channels of the source]
   float* sink;   // [channels of the result]
@@ -690,7 +700,7 @@ KS_INLINE void FetchTable(const Table& table, int64_t begin, int64_t end, int64_
 }
 
 // Adds one part of the source channels to result channels [begin, end); stores them after the last.
-void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, const float* planes) {
+void ComputePart(Work& work, int64_t part, int64_t begin, int64_t end, const float* planes) {
   const Parameters& p = work.p;
   const int64_t taps = p.kernel_height * p.kernel_width;
   const int32_t* starts = work.table.starts + part * p.out_channels;
@@ -739,7 +749,10 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
       const int64_t lines = CeilDiv(end - begin, kLanes);
       int64_t fetched = 0, due = 0;  // due: times result channels.
       // With one tap several channels at a time, all of them where nothing is fetched.
-      const int64_t step = !p.pointwise ? 1 : fetches ? 4 : end - begin;
+      int64_t step = !p.pointwise ? 1 : fetches ? 4 : end - begin;
+      if (work.upcoming.units > 0) {
+        step = Min(step, RoundUp(CeilDiv(work.upcoming.steps, work.upcoming.units), 4));
+      }
       for (int64_t k = begin; k < end; k += step) {
         due += step * lines * kLanes;
         for (; fetches && due > 0 && fetched < lines * kLanes; ++fetched, due -= end - begin) {
@@ -750,6 +763,7 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
           }
         }
         if (p.pointwise) {
+          FetchDue(Min(step, end - k), &work.upcoming);
           work.sum_pixels(pixel_sums, k, Min(end, k + step));
           continue;
         }
@@ -782,7 +796,7 @@ void ComputePart(const Work& work, int64_t part, int64_t begin, int64_t end, con
 constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
 // Bytes of a result that its reader will not find in a near cache.
 constexpr int64_t kStreamFrom = 8 << 20;
-constexpr int64_t kFetchFrom = 1 << 20;  // Bytes of a result that the L2 cache does not hold.
+constexpr int64_t kFetchSums = 6;        // Connections of a source channel worth fetching it in.
 constexpr int64_t kSharedGroups = 8;     // With fewer groups, threads share their planes.
 constexpr int64_t kSplitCycles = 40000;  // Least work on planes that are shared.
 
@@ -1163,6 +1177,11 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
     }
     return;
   }
+  // A source that the L2 cache does not hold is fetched for one pack while the last one is computed
+  // with. With several taps that was slower: planes are then read out of the L2 cache, too.
+  const bool fetch_source = p.pointwise && !p.shared_planes &&
+                            p.batch * p.height * p.width * p.channels * 4 >= kFetchFrom &&
+                            arguments.kept >= p.channels * kFetchSums;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t split = item % p.splits;
     if (item / p.splits != group) {
@@ -1177,6 +1196,15 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
         planes = shared_planes + group * group_size + channel * p.plane_size;
       } else {
         PackPlanes(p, work.regions, channel, PartChannel(p, part + 1), work.zeros, own_planes);
+      }
+      FetchNothing(&work.upcoming);
+      const bool last_part = part == p.parts - 1;
+      if (fetch_source && (!last_part || item + 1 < end)) {
+        Regions regions;
+        FindRegions(p, last_part ? group + 1 : group, source, &regions);
+        const int64_t next = last_part ? 0 : part + 1;
+        FetchPlanes(p, regions, PartChannel(p, next), PartChannel(p, next + 1), p.out_channels,
+                    &work.upcoming);
       }
       for (int64_t o = SplitChannel(p, split); o < last_channel; o += together) {
         ComputePart(work, part, o, Min(last_channel, o + together), planes);

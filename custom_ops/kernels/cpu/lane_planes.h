@@ -9,6 +9,7 @@
 #define KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_LANE_PLANES_H_
 
 #include "custom_ops/kernels/conv2d.h"
+#include "custom_ops/kernels/cpu/fetch.h"
 #include "custom_ops/kernels/cpu/vector.h"
 
 namespace ks {
@@ -159,6 +160,25 @@ KS_INLINE void PackLanes(const LaneRegions& regions, const LaneSource& source, i
       }
     }
   }
+}
+
+// What PackLanes reads, without margins, to be fetched in `steps` steps.
+KS_INLINE void FetchLanes(const LaneRegions& regions, const LaneSource& source, int64_t group,
+                          int64_t channel_begin, int64_t channel_end, int64_t steps,
+                          Upcoming* upcoming) {
+  const int64_t per_image = regions.row_regions * regions.col_regions;
+  const int64_t rows = regions.rows * source.step_height;
+  const int64_t columns = regions.columns * source.step_width;
+  for (int l = 0; l < kLanes; ++l) {
+    const int64_t region = group * kLanes + l;
+    const int64_t y = region % per_image / regions.col_regions * rows;
+    const int64_t x = region % regions.col_regions * columns;
+    upcoming->pixels[l] = reinterpret_cast<intptr_t>(source.data) +
+                          4 * (region / per_image * source.image + y * source.row +
+                               x * source.column + channel_begin);
+  }
+  FetchPixelsIn(steps, rows, columns, 4 * (channel_end - channel_begin), 4 * source.row,
+                4 * source.column, upcoming);
 }
 
 }  // namespace KS_ISA

@@ -49,6 +49,9 @@ struct Sums {
   float* out;
   bool add;     // To what `out` holds.
   bool stream;  // Stores past the caches.
+  // Whether to fetch where a block will be stored to while it is computed: stores to memory that no
+  // near cache holds would hold up the next block.
+  bool fetch_out = false;
   // With its pointers at the place of `out`, or null: these sums are not the last.
   const Epilogue* epilogue = nullptr;
 };
@@ -101,6 +104,13 @@ void SumTerms(const Sums& sums, const float* const* points, float* const* outs) 
   const float* x[kCount];
   KS_UNROLL
   for (int p = 0; p < kCount; ++p) x[p] = points[p];
+  if (sums.fetch_out) {
+    KS_UNROLL
+    for (int p = 0; p < kCount; ++p) {
+      KS_UNROLL
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(outs[p] + v * kLanes, 1);
+    }
+  }
   Vec block[kCount][kVectors] = {};
   const float* w = sums.w;
   const int64_t w_stride = sums.w_stride;

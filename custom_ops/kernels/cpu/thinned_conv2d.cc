@@ -12,6 +12,7 @@
 // same cache line of a pixel. W' is packed into panels in that order, and a panel is cut into
 // chunks that stay in the second-level cache while all pixels of a tile pass by.
 
+#include "custom_ops/kernels/cpu/fetch.h"
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
 #include "custom_ops/kernels/cpu/terms.h"
@@ -36,7 +37,8 @@ struct Parameters {
   int64_t row_spans, col_spans;  // Classes = row spans x column spans.
   int64_t chunks;                // Of the kept rows.
   int64_t stream;
-  int64_t x_ahead;  // See Sums.
+  int64_t fetch_out;  // See Sums.
+  int64_t x_ahead;    // See Sums.
 };
 
 // Neighbouring rows (or columns) of the output with the same taps inside the image.
@@ -243,6 +245,7 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
     sums.w = prepared.panels + arguments.kept * panel.first_vector * kLanes;
     sums.w_stride = panel.vectors * kLanes;
     sums.stream = parameters.stream;
+    sums.fetch_out = parameters.fetch_out;
     for (int64_t chunk = 0; chunk < parameters.chunks; ++chunk) {
       // The next chunk comes next in memory.
       sums.ahead = (PartBegin(arguments.kept, parameters.chunks, chunk + 1) -
@@ -366,6 +369,7 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
                         geometry.out_width * geometry.out_channels;
   parameters.stream =
       parameters.chunks == 1 && geometry.out_channels % kLanes == 0 && result >= kStreamFrom;
+  parameters.fetch_out = !parameters.stream && result >= static_cast<double>(kFetchFrom);
 
   KsStage* stage = plan->stages;
   stage->items = 1;
