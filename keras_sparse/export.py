@@ -18,7 +18,7 @@ from keras_sparse.layers import BaseSparse
 from keras_sparse.surgery import fusion
 from keras_sparse.surgery.shrink import shrink_counted
 from keras_sparse.surgery.sparsify import dense_twin
-from keras_sparse.surgery.transform import check_supported, transform
+from keras_sparse.surgery.transform import check_supported, graph_layers, transform
 
 __all__ = ["ExportedModel", "export", "load"]
 
@@ -164,9 +164,15 @@ def _plannable(layer):
     return bool((keras.ops.convert_to_numpy(layer.kernel) == 0).any())
 
 
+def _exchangeable(model):
+    """Return `{path: layer}` of the layers that `transform` can exchange: not those in wrappers."""
+    outer = graph_layers(model)
+    return {path: layer for path, layer in selection.flatten_layers(model).items() if id(layer) in outer}
+
+
 def _units(model):
     """Return `{path: Unit}` of the plannable layers, each with what can be computed together with it."""
-    layers = {path: layer for path, layer in selection.flatten_layers(model).items() if _plannable(layer)}
+    layers = {path: layer for path, layer in _exchangeable(model).items() if _plannable(layer)}
     units = fusion.find_units(model, layers.values())
     return {path: units[id(layer)] for path, layer in layers.items()}
 

@@ -139,6 +139,16 @@ def test_a_routine_that_loses_at_one_batch_size_is_not_chosen(tmp_path, monkeypa
     assert {layer["routine"] for layer in plan["layers"].values()} == {"dense"}
 
 
+def test_layers_in_wrappers_are_not_planned(tmp_path):
+    """Nothing there can be exchanged, so a plan would name what does not run."""
+    inputs = keras.Input((2, 7, 7, 8))
+    inner = keras.layers.Conv2D(8, 3)
+    model = keras.Model(inputs, keras.layers.TimeDistributed(inner)(inputs))
+    inner.kernel.assign(inner.kernel * np.asarray(RandomMask(0.8)((1, 1, 8, 8))))
+    assert ks.export(model, tmp_path / "m", routine="connection", verbose=False)["layers"] == {}
+    assert_close(ks.load(tmp_path / "m")(examples(model)).numpy(), model.predict(examples(model), verbose=0))
+
+
 def test_a_model_that_got_slower_is_exported_dense_with_a_warning(tmp_path, monkeypatch):
     def fake(functions, shapes, *args, **options):
         whole_model = "op" in functions

@@ -5,7 +5,7 @@ import keras
 from keras_sparse import granularity as granularities
 from keras_sparse import selection, validation
 from keras_sparse.layers import BaseSparse, SparseConv2D, SparseDense
-from keras_sparse.surgery.transform import check_supported, is_graph, transform
+from keras_sparse.surgery.transform import check_supported, graph_layers, transform
 
 __all__ = ["dense_twin", "sparsifiable_layers", "sparsify", "strip", "with_sparse_layers"]
 
@@ -56,7 +56,7 @@ def sparsify(model, granularity="connection", include=None, exclude=None, mask_i
 def sparsifiable_layers(model):
     """Return `{path: layer}` of the layers that have a sparse twin to take their place."""
     # Children of wrappers and composite layers cannot be exchanged from outside.
-    outer = _graph_layers(model)
+    outer = graph_layers(model)
     return {
         path: layer
         for path, layer in selection.flatten_layers(model).items()
@@ -98,7 +98,7 @@ def strip(model):
         ValueError: If `model` is subclassed or not built, or holds a sparse layer in a wrapper.
     """
     check_supported(model, "strip it")
-    outer = _graph_layers(model)
+    outer = graph_layers(model)
     for path, layer in selection.flatten_layers(model).items():
         if isinstance(layer, BaseSparse) and id(layer) not in outer:
             rule = f"hold no sparse layer inside another layer, as it does '{path}'"
@@ -117,17 +117,6 @@ def dense_twin(layer):
     config.pop("lora_rank", None)  # the effective kernel holds the update already
     config.pop("lora_alpha", None)
     return dense.from_config(config), _copy_kernel_and_bias
-
-
-def _graph_layers(model):
-    """Return the ids of the layers that the graphs of `model` and its nested models call themselves."""
-    found = set()
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            found |= _graph_layers(layer) if is_graph(layer) else set()
-        else:
-            found.add(id(layer))
-    return found
 
 
 def _is_quantized(layer):

@@ -6,7 +6,7 @@ import warnings
 
 import keras
 
-__all__ = ["check_supported", "functional_graph", "is_graph", "transform"]
+__all__ = ["check_supported", "functional_graph", "graph_layers", "is_graph", "transform"]
 
 
 def check_supported(model, verb):
@@ -37,6 +37,20 @@ def functional_graph(model):
     """Return the functional model that a Sequential or functional one runs; `None` where it has none."""
     # Sequential makes one of its own where its layers know their shapes.
     return model._functional if isinstance(model, keras.Sequential) else model
+
+
+def graph_layers(model):
+    """Return the ids of the layers that the graphs of `model` and its nested models call themselves.
+
+    These `transform` can exchange, and not those that a wrapper or a composite layer calls.
+    """
+    found = set()
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            found |= graph_layers(layer) if is_graph(layer) else set()
+        else:
+            found.add(id(layer))
+    return found
 
 
 def transform(model, exchange, inference=False, nested_inputs=None):
