@@ -61,6 +61,9 @@ def export(
     behind it goes into its weights; a ReLU or ReLU6, the sum of a residual block and a `ZeroPadding2D` before a
     convolution are part of its routine. They are measured together as well.
 
+    Where a layer got such a routine, each `MaxPooling2D` (float32, channels last) is measured with `"per_image"` too,
+    TensorFlow's kernel that cuts no image up for several threads: of use in small batches. It needs no ops.
+
     `import keras_sparse` registers the ops, and so does `tf.load_op_library(ks.ops.library_path())` alone.
 
     The directory is written whole or not at all; one that exists is replaced in the end. The plan is kept beside
@@ -105,8 +108,11 @@ def export(
     if candidates:
         smaller, removed = shrink_counted(model, inference=True)
         smaller_units = _units(smaller)
-        plans, routines = _plan(smaller, smaller_units, candidates, routine, batch_sizes, input_shape, verbose)
-        routines = {path: built for path, built in routines.items() if plans[path].routine != "dense"}
+        # The other backends promise the kernels that TensorFlow takes by itself.
+        poolings = _poolings(smaller) if backend == "op" and routine == "auto" else {}
+        plans, routines = _plan(
+            smaller, smaller_units, poolings, candidates, routine, batch_sizes, input_shape, verbose
+        )
         exported = _with_routines(smaller, smaller_units, routines)
     else:
         plans, routines, exported = {}, {}, _with_routines(model, units, {})
@@ -177,11 +183,27 @@ def _units(model):
     return {path: units[id(layer)] for path, layer in layers.items()}
 
 
-def _plan(model, units, candidates, routine, batch_sizes, input_shape, verbose):
-    """Return `{path: LayerPlan}` and `{path: routine}` for the units."""
+def _poolings(model):
+    """Return `{path: layer}` of the max poolings that may run per image."""
+    return {
+        path: layer
+        for path, layer in _exchangeable(model).items()
+        if type(layer) is keras.layers.MaxPooling2D
+        and layer.data_format == "channels_last"
+        and layer.compute_dtype == "float32"
+    }
+
+
+def _plan(model, units, poolings, candidates, routine, batch_sizes, input_shape, verbose):
+    """Return `{path: LayerPlan}` for the units and poolings, and `{path: routine}` for those not to run dense.
+
+    The routine of a unit is what its `Convolution` was built into, that of a pooling one of `POOLINGS`.
+    """
     calls = probing.record_calls(model, input_shape) if routine == "auto" else {}
     paths = {id(layer): path for path, layer in selection.flatten_layers(model).items()} if calls else {}
-    progress = keras.utils.Progbar(len(units), verbose=1 if verbose and routine == "auto" else 0, unit_name="layer")
+    progress = keras.utils.Progbar(
+        len(units) + len(poolings), verbose=1 if verbose and routine == "auto" else 0, unit_name="layer"
+    )
     plans, routines = {}, {}
     for path, unit in units.items():
         shapes = []
@@ -191,13 +213,29 @@ def _plan(model, units, candidates, routine, batch_sizes, input_shape, verbose):
             shapes = [calls[paths[id(first)]][0].input_shape]
             if unit.addition is not None:
                 shapes.insert(1 - unit.position, call.output_shape)
-        routines[path], plans[path] = planner.plan_convolution(
+        built, plans[path] = planner.plan_convolution(
             _convolution(unit),
             candidates,
             [[(batch, *shape[1:]) for shape in shapes] for batch in batch_sizes] if shapes else [],
             batch_sizes,
             lambda routine, unit=unit: _function_of(_inference_layer(unit, routine)),
         )
+        if plans[path].routine != "dense":
+            routines[path] = built
+        progress.add(1)
+    # With no sparse routine in it the export is to be the dense one, which is what TensorFlow does by itself.
+    has_sparse_routine = bool(routines)
+    for path, layer in poolings.items():
+        if has_sparse_routine:
+            shape = calls[path][0].input_shape
+            choice, milliseconds = planner.fastest(
+                {name: build(layer) for name, build in inference.POOLINGS.items()},
+                [[(batch, *shape[1:])] for batch in batch_sizes],
+                batch_sizes,
+            )
+            plans[path] = planner.LayerPlan(choice, 0, milliseconds)
+            if choice != "dense":
+                routines[path] = inference.POOLINGS[choice]
         progress.add(1)
     return plans, routines
 
@@ -227,8 +265,9 @@ def _inference_layer(unit, routine):
 
 
 def _with_routines(model, units, routines):
-    """Return the model with a routine in place of each unit in `routines`, the others dense."""
-    exchanges = {}
+    """Return the model with a routine in place of each unit and pooling in `routines`, the others dense."""
+    layers = selection.flatten_layers(model)
+    exchanges = {id(layers[path]): routine for path, routine in routines.items() if path not in units}
     for path, unit in units.items():
         if path in routines:
             for layer in (unit.layer, *unit.absorbed):

@@ -139,6 +139,73 @@ def test_a_routine_that_loses_at_one_batch_size_is_not_chosen(tmp_path, monkeypa
     assert {layer["routine"] for layer in plan["layers"].values()} == {"dense"}
 
 
+def network_with_pools():
+    """Poolings of all kinds: plain, overlapping, shared, nested, and some that are to be left alone."""
+    pools = keras.layers.MaxPooling2D
+    inputs = keras.Input((13, 12, 4))
+    x = pools(name="plain")(ks.layers.SparseConv2D(8, 3, name="conv")(inputs))
+    shared = pools((2, 3), strides=(1, 1), padding="same", name="shared")
+    block = keras.Sequential([keras.Input((5, 5, 8)), pools(3, 2, padding="same", name="inner")], name="block")
+    x = block(shared(shared(x)))
+    x = pools(1, dtype="float64", name="double")(x)
+    x = keras.layers.MaxPooling1D(1, name="flat")(keras.layers.Reshape((9, 8))(x))
+    x = keras.layers.Reshape((1, 3, 3, 8))(x)
+    x = keras.layers.TimeDistributed(pools(1), name="wrapper")(x)
+    return prune(keras.Model(inputs, keras.layers.Flatten()(x)), 0.5)
+
+
+def times_of_pools(monkeypatch, connection, per_image):
+    """Make up times in ms at batch sizes 1 and 4, where the dense layer takes 1; return the shapes of poolings."""
+    measured = []
+
+    def fake(functions, shapes, *args, **options):
+        (batch, *rest), *_ = shapes
+        if "per_image" in functions:
+            measured.append(tuple(rest))
+            outputs = [function(tf.zeros((batch, *rest))).shape for function in functions.values()]
+            assert outputs[0] == outputs[1]
+        made_up = {"connection": connection, "per_image": per_image[batch > 1], "op": 0.5}
+        return {name: made_up.get(name, 1.0) for name in functions}
+
+    monkeypatch.setattr(timing, "alternate", fake)
+    return measured
+
+
+def test_max_pools_run_per_image_where_that_wins(tmp_path, monkeypatch, capsys):
+    model = network_with_pools()
+    measured = times_of_pools(monkeypatch, 0.5, (0.2, 1.0))
+    plan = ks.export(model, tmp_path / "m", batch_size=(1, 4))
+    pools = {"plain", "shared", "block/inner"}
+    assert {path for path, layer in plan["layers"].items() if layer["routine"] == "per_image"} == pools
+    expected = {"dense": {1: 1000.0, 4: 1000.0}, "per_image": {1: 200.0, 4: 1000.0}}
+    assert plan["layers"]["plain"] == {"routine": "per_image", "bytes": 0, "milliseconds": expected}
+    assert plan["layers"]["conv"]["routine"] == "connection" and set(plan["layers"]) == {"conv", *pools}
+    assert set(measured) == {(11, 10, 8), (5, 5, 8)}
+    assert "plain: per_image  (ms at batch [1, 4]: dense 1000.000/1000.000, per_image" in capsys.readouterr().out
+    graph = (tmp_path / "m" / "saved_model.pb").read_bytes()
+    assert b"MaxPoolV2" in graph
+    assert_close(ks.load(tmp_path / "m")(examples(model)).numpy(), model.predict(examples(model), verbose=0))
+    ks.export(model, tmp_path / "forced", routine="connection", verbose=False)  # unmeasured: convolutions alone
+    assert b"MaxPoolV2" not in (tmp_path / "forced" / "saved_model.pb").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("backend", "connection", "per_image", "poolings"),
+    [
+        ("op", 0.5, (0.2, 1.01), {"dense"}),  # a loss at one batch size
+        ("op", 0.5, (0.97, 0.97), {"dense"}),  # within the noise
+        ("op", 1.0, (0.2, 0.2), set()),  # nothing sparse wins: the export is the dense one
+        ("compact", 0.5, (0.2, 0.2), set()),
+        ("dense", 0.5, (0.2, 0.2), set()),
+    ],
+)
+def test_other_max_pools_are_left_to_tensorflow(tmp_path, monkeypatch, backend, connection, per_image, poolings):
+    times_of_pools(monkeypatch, connection, per_image)
+    plan = ks.export(network_with_pools(), tmp_path / "m", backend, batch_size=(1, 4), verbose=False)
+    assert {layer["routine"] for path, layer in plan["layers"].items() if path != "conv"} == poolings
+    assert b"MaxPoolV2" not in (tmp_path / "m" / "saved_model.pb").read_bytes()
+
+
 def test_layers_in_wrappers_are_not_planned(tmp_path):
     """Nothing there can be exchanged, so a plan would name what does not run."""
     inputs = keras.Input((2, 7, 7, 8))

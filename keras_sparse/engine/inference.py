@@ -5,7 +5,15 @@ import tensorflow as tf
 
 from keras_sparse.engine.routines import Convolution
 
-__all__ = ["InferenceConv2D", "InferenceDense", "PassThrough", "convolution_of", "inference_layer"]
+__all__ = [
+    "POOLINGS",
+    "InferenceConv2D",
+    "InferenceDense",
+    "PassThrough",
+    "PerImageMaxPooling2D",
+    "convolution_of",
+    "inference_layer",
+]
 
 
 def convolution_of(layer, kernel, bias, padding=None, activation="linear"):
@@ -88,6 +96,28 @@ class PassThrough(keras.layers.Layer):
     # The arguments a layer may have been called with. Named: Keras 3.12 takes those behind a `**` for tensors.
     def call(self, inputs, training=None, mask=None):
         return inputs
+
+
+class PerImageMaxPooling2D(keras.layers.MaxPooling2D):
+    """Max pooling by TensorFlow's kernel that shares the work out by whole images.
+
+    `MaxPool`, which Keras calls, is run by oneDNN where TensorFlow has that, and oneDNN cuts each image up for all
+    threads: in a small batch, waking them takes longer than the pooling. `MaxPoolV2`, which takes its sizes as
+    tensors, oneDNN leaves alone. Their results are the same, also that neither hands on a NaN, and that the lowest
+    finite number stands for a window of -inf.
+    """
+
+    def call(self, inputs):
+        return tf.raw_ops.MaxPoolV2(
+            input=inputs, ksize=(1, *self.pool_size, 1), strides=(1, *self.strides, 1), padding=self.padding.upper()
+        )
+
+
+# The ways an exported max pooling can run, each a function of the layer: by TensorFlow's own choice, or per image.
+POOLINGS = {
+    "dense": lambda layer: layer,
+    "per_image": lambda layer: PerImageMaxPooling2D.from_config(layer.get_config()),
+}
 
 
 class InferenceConv2D(_Inference):

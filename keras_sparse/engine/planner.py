@@ -5,7 +5,7 @@ import math
 
 from keras_sparse.engine import routines, timing
 
-__all__ = ["LayerPlan", "plan_convolution"]
+__all__ = ["LayerPlan", "fastest", "plan_convolution"]
 
 # A routine has to win by this factor: medians on a busy machine differ by a few percent without a cause.
 _MARGIN = 1.05
@@ -16,7 +16,7 @@ class LayerPlan:
     """The routine chosen for a layer, and why.
 
     Attributes:
-        routine: Key of `ROUTINES`.
+        routine: Key of `ROUTINES`, or of `POOLINGS`.
         bytes: Stored size of the routine's constants.
         milliseconds: `{routine: {batch size: median}}` of the candidates, empty where nothing was measured.
     """
@@ -26,8 +26,32 @@ class LayerPlan:
     milliseconds: dict
 
 
+def fastest(functions, input_shapes, batch_sizes):
+    """Return the fastest function that is slower than the one called `"dense"` at no batch size.
+
+    Args:
+        functions: `{name: function of tensors}`, `"dense"` first and one more at least.
+        input_shapes: For each batch size, the shapes of what the functions are called with.
+        batch_sizes: The batch size behind each input shape, for the record.
+
+    Returns:
+        A pair of its name and the medians, `{name: {batch size: milliseconds}}`.
+    """
+    seconds = [timing.alternate(functions, shapes, unroll=8, budget=0.4) for shapes in input_shapes]
+
+    def speed_up(name):
+        ratios = [times["dense"] / times[name] for times in seconds]
+        return math.prod(ratios) ** (1 / len(ratios)) if min(ratios) >= 1.0 else 0.0
+
+    best = max((name for name in functions if name != "dense"), key=speed_up)
+    milliseconds = {
+        name: {batch: round(times[name] * 1e3, 4) for batch, times in zip(batch_sizes, seconds)} for name in functions
+    }
+    return best if speed_up(best) >= _MARGIN else "dense", milliseconds
+
+
 def plan_convolution(convolution, candidates, input_shapes, batch_sizes, layer_of):
-    """Return the fastest routine that is slower than the dense one at no batch size.
+    """Return the routine for a convolution or dense layer: the `fastest`.
 
     Args:
         convolution: A `Convolution`.
@@ -47,16 +71,5 @@ def plan_convolution(convolution, candidates, input_shapes, batch_sizes, layer_o
         name = list(built)[-1]
         return built[name], LayerPlan(name, built[name].nbytes, {})
     functions = {name: layer_of(routine) for name, routine in built.items()}
-    seconds = [timing.alternate(functions, shapes, unroll=8, budget=0.4) for shapes in input_shapes]
-
-    def speed_up(name):
-        ratios = [times["dense"] / times[name] for times in seconds]
-        return math.prod(ratios) ** (1 / len(ratios)) if min(ratios) >= 1.0 else 0.0
-
-    best = max((name for name in built if name != "dense"), key=speed_up)
-    name = best if speed_up(best) >= _MARGIN else "dense"
-    milliseconds = {
-        routine: {batch: round(times[routine] * 1e3, 4) for batch, times in zip(batch_sizes, seconds)}
-        for routine in built
-    }
+    name, milliseconds = fastest(functions, input_shapes, batch_sizes)
     return built[name], LayerPlan(name, built[name].nbytes, milliseconds)
