@@ -43,8 +43,9 @@ env: $(VENV)/.package ## make .venv, with the package installed for development
 quickstart: env ## run examples/quickstart.py
 	$(BIN)/python examples/quickstart.py
 
-test: env ## run the tests, the slow ones left out
-	$(PYTEST)
+# A file stays in one process: what it compiles and trains is used by several of its tests.
+test: env ## run the tests, the slow ones left out, in up to four processes
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: env ## run the slow tests
 	$(PYTEST) -m slow

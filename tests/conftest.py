@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pathlib  # noqa: E402
+import re  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 
@@ -14,6 +15,13 @@ import pytest  # noqa: E402
 import keras_sparse as ks  # noqa: E402
 
 SEED = 20170217
+
+
+def pytest_make_parametrize_id(val):
+    """Names of objects without their addresses: processes that share the tests have to call them alike."""
+    text = str(val)
+    name = re.sub(r"<(?:function )?(?:\w+\.)*(\w+)(?: object)? at 0x[0-9a-f]+>", r"\1", text)
+    return name if name != text or isinstance(val, dict) else None
 
 
 @pytest.fixture(autouse=True)

@@ -192,7 +192,6 @@ def test_zeros_change_nothing_that_the_network_computes():
         (keras.initializers.HeNormal(seed=3), "he_normal"),
         ("random_normal", None),
     ],
-    ids=str,
 )
 def test_new_connections_have_the_variance_of_their_fan(initializer, fan):
     widths = (16, 150, 140)

@@ -140,7 +140,7 @@ def test_in_compiled_steps(mlp, fit, recorder, kind):
 # Constraints.
 
 
-@pytest.mark.parametrize("constraint", [keras.constraints.NonNeg(), keras.constraints.MaxNorm(0.5)], ids=repr)
+@pytest.mark.parametrize("constraint", [keras.constraints.NonNeg(), keras.constraints.MaxNorm(0.5)])
 def test_the_users_constraint_holds_too(mlp, fit, recorder, kind, constraint):
     pruning, model = GradualPruning(OneShot(0.5, 3), include="a"), mlp(kind, kernel_constraint=constraint)
     record, held = recorder(pruning), model.get_layer("a")._kernel.constraint

@@ -110,7 +110,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("options", OTHERS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+@pytest.mark.parametrize("options", OTHERS)
 def test_other_arguments(options, assert_twins):
     sparse, dense = twins(**options)
     x = inputs()

@@ -77,7 +77,6 @@ def test_ranks(shape, granularity, use_bias, assert_twins):
         {"kernel_constraint": "unit_norm", "granularity": "feature_map"},
         *({"dtype": d} for d in ("mixed_bfloat16", "mixed_float16", "bfloat16", "float64")),
     ],
-    ids=str,
 )
 def test_other_arguments(options, assert_twins):
     sparse, dense = twins(**options)
