@@ -527,6 +527,32 @@ TEST(Routines, Regions) {
   CheckAll(cases);
 }
 
+// Every height of a region, with and without padding above and below, tiles that the width cuts
+// short, channels that do and do not fill vectors, planes that stay in a cache or do not.
+TEST(Routines, Winograd) {
+  std::vector<Case> cases;
+  for (int64_t height = 1; height <= 34; ++height) {
+    cases.push_back(Same({1, height, 1 + height % 9, 17, 5, 3, 3}));
+    cases.push_back({1, height + 2, 3 + height % 5, 33, 18, 3, 3});
+  }
+  for (int64_t pad = 0; pad < 3; ++pad) {
+    cases.push_back({3, 9, 10, 20, 7, 3, 3, 1, 1, 1, 1, pad, 1, 2 - pad, 2});
+    cases.push_back({3, 5, 6, 20, 7, 3, 3, 1, 1, 1, 1, 1, pad, 0, pad});
+  }
+  for (double density : {0.0, 0.1, 0.9, 1.0}) {
+    Case c = Same({2, 16, 16, 24, 70, 3, 3});
+    c.density = density;
+    cases.push_back(c);
+    c = Same({40, 7, 7, 40, 20, 3, 3});
+    c.density = density / 2;
+    cases.push_back(c);
+  }
+  Case c = Same({9, 14, 14, 150, 150, 3, 3});  // Sums of more channels than are stored together.
+  c.density = 0.05;
+  cases.push_back(c);
+  CheckAll(cases);
+}
+
 // What the op does with its thread pool; make sanitize runs these under the thread sanitizer.
 void CheckThreads(const Case& c, int* runs) {
   SCOPED_TRACE(Describe(c));

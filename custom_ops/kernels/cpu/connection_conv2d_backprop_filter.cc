@@ -168,15 +168,6 @@ struct FillDotFunctions<0> {
   static void Run(DotFunction*, PixelsFunction*) {}
 };
 
-// Keeps a loaded vector in a register: the compiler would rather load it again for each product.
-// With 16 registers that is what it should do.
-KS_INLINE Vec InRegister(Vec v) {
-#if KS_VECTOR_BYTES == 64
-  asm("" : "+v"(v));
-#endif
-  return v;
-}
-
 // Neighbouring taps: kTapRows x kTapColumns of them in registers, over a region of kColumns
 // columns. kWide: as Parameters::wide.
 template <int kRowsOfTaps, int kColumnsOfTaps, int kRegionColumns, bool kWide>

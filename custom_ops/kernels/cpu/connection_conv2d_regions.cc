@@ -21,12 +21,17 @@
 //
 // With one tap a multiply-add takes a load of its own. The parts of the source channels are then
 // chosen so that their planes stay in the L1 cache (see "One tap").
+//
+// With 3x3 taps and connections enough to pay for it, ConnectionConv2DWinograd does the same on
+// planes that hold the rows of the source at the six points of winograd.h, with half the
+// multiply-adds (see "Points").
 
 #include "custom_ops/kernels/cpu/epilogue.h"
 #include "custom_ops/kernels/cpu/fetch.h"
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
 #include "custom_ops/kernels/cpu/transposed_table.h"
+#include "custom_ops/kernels/cpu/winograd.h"
 
 namespace ks {
 namespace KS_ISA {
@@ -57,7 +62,11 @@ struct Parameters {
   int64_t lead;                      // Floats before the first plane that pointers may go back.
   int64_t blocks_high, blocks_wide;  // Of a region.
   int64_t parts;                     // Of the source channels.
+  int64_t together;                  // Result channels whose sums are kept at a time.
   int64_t tile_stride;               // Floats from the sums of one result channel to the next.
+  // Points whose sums are computed at a time, or 0: without points. With points a region is one
+  // tile wide and one block, and a plane is [kPoints][plane_rows][lanes].
+  int64_t points;
 
   int64_t transposed;     // 1: stage 0 transposes the table, stage 1 the filter.
   int64_t shared_planes;  // 1: a stage of its own packs all planes, the next one computes.
@@ -449,6 +458,55 @@ void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int6
   }
 }
 
+// A row of a channel's plane before its transformation: floats, an odd number of vectors so that
+// those of different channels do not fall into the same cache sets.
+constexpr int64_t kPointRow = (kPoints | 1) * kLanes;
+
+// PackPlanes with the source at its points; at least kLanes channels. `row` holds kLanes rows.
+void PackPoints(const Parameters& p, const Regions& regions, int64_t begin, int64_t end,
+                const float* zeros, float* row, float* planes) {
+  const int64_t point_step = p.plane_rows * kLanes;
+  for (int64_t r = 0; r < p.plane_rows; ++r) {
+    intptr_t pixels[kPoints][kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const bool inside = r >= regions.row_begin[l] && r < regions.row_end[l];
+      const int64_t column_end = inside ? regions.column_end[l] : 0;
+      intptr_t pixel = regions.source[l] + 4 * r * p.source_row;
+      for (int64_t c = 0; c < kPoints; ++c, pixel += 4 * p.source_column) {
+        pixels[c][l] = c >= regions.column_begin[l] && c < column_end
+                           ? pixel
+                           : reinterpret_cast<intptr_t>(zeros);
+      }
+    }
+    for (int64_t next = begin; next < end; next += kLanes) {
+      // The last channels overlap those before rather than being fewer.
+      const int64_t channel = Min(next, end - kLanes);
+      // What is packed next: more channels of these pixels, or those of the row below.
+      const int64_t ahead = next + kLanes < end ? 4 * (channel + kLanes + r * p.source_row)
+                                                : 4 * (begin + (r + 1) * p.source_row);
+      for (int64_t c = 0; c < kPoints; ++c) {
+        Vec lanes[kLanes];
+        KS_UNROLL
+        for (int l = 0; l < kLanes; ++l) {
+          lanes[l] = Load(reinterpret_cast<const float*>(pixels[c][l]) + channel);
+          __builtin_prefetch(
+              reinterpret_cast<const void*>(regions.source[l] + ahead + 4 * c * p.source_column));
+        }
+        StoreColumns(lanes, row + c * kLanes, kPointRow);
+      }
+      for (int64_t i = 0; i < kLanes; ++i) {
+        float* to = planes + (channel - begin + i) * p.plane_size + r * kLanes;
+        Vec columns[kPoints], points[kPoints];
+        KS_UNROLL
+        for (int c = 0; c < kPoints; ++c) columns[c] = Load(row + i * kPointRow + c * kLanes);
+        TransformSource(columns, points);
+        KS_UNROLL
+        for (int t = 0; t < kPoints; ++t) Store(to + t * point_step, points[t]);
+      }
+    }
+  }
+}
+
 // Source channels [begin, end) of a group without margins, to be fetched in `steps` steps.
 void FetchPlanes(const Parameters& p, const Regions& regions, int64_t begin, int64_t end,
                  int64_t steps, Upcoming* upcoming) {
@@ -525,6 +583,11 @@ void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
   }
 }
 
+typedef void (*StoreFunction)(const Parameters& p, const Regions& regions, int64_t first_row,
+                              int64_t first_column, int64_t rows, int64_t columns, int64_t begin,
+                              int64_t end, const float* sums, int64_t stride,
+                              const Epilogue& epilogue, float* sink, float* output);
+
 // --- The table, cut into parts -------------------------------------------------------------------
 
 struct Table {
@@ -553,12 +616,6 @@ KS_INLINE int64_t PartChannel(const Parameters& p, int64_t part) {
 // Result channels of split s begin here.
 KS_INLINE int64_t SplitChannel(const Parameters& p, int64_t split) {
   return Min(p.out_channels, PartBegin(CeilDiv(p.out_channels, kLanes), p.splits, split) * kLanes);
-}
-
-// Channels of a split that are computed together: with one part, as many as are stored together;
-// with several, all of them.
-KS_INLINE int64_t Together(const Parameters& p) {
-  return p.parts == 1 ? 4 * kLanes : p.out_channels;
 }
 
 void SortByLength(const int32_t* begin, const int32_t* end, int64_t first, int64_t last,
@@ -607,8 +664,8 @@ void CutTable(const Parameters& p, const Table& table) {
     const int32_t* starts = table.starts + part * p.out_channels;
     for (int64_t split = 0; split < p.splits; ++split) {
       const int64_t end = SplitChannel(p, split + 1);
-      for (int64_t o = SplitChannel(p, split); o < end; o += Together(p)) {
-        SortByLength(starts, starts + p.out_channels, o, Min(end, o + Together(p)),
+      for (int64_t o = SplitChannel(p, split); o < end; o += p.together) {
+        SortByLength(starts, starts + p.out_channels, o, Min(end, o + p.together),
                      table.order + part * p.out_channels);
       }
     }
@@ -679,6 +736,7 @@ struct Work {
   Regions regions;
   Upcoming upcoming;
   float* sums;   // [channels computed together][tile_stride]
+  float* row;    // With points: a row of planes, or of results.
   float* zeros;  // [channels of the source]
   float* sink;   // [channels of the result]
   float* output;
@@ -697,6 +755,59 @@ KS_INLINE void FetchTable(const Table& table, int64_t begin, int64_t end, int64_
   for (int64_t i = 0; i < floats; i += kLine) __builtin_prefetch(filter + i);
   const int64_t channels = Min(end - begin, 2 * kLine);
   for (int64_t i = 0; i < channels; i += kLine) __builtin_prefetch(table.channels + begin + i);
+}
+
+// The memory of a block's results, and what is added to them, in result channels [begin, end): is
+// fetched in the course of `steps` steps.
+class UpcomingResults {
+ public:
+  UpcomingResults(const Work& work, int64_t row, int64_t column, int64_t rows, int64_t columns,
+                  int64_t begin, int64_t end, int64_t steps)
+      : row_(row),
+        column_(column),
+        rows_(rows),
+        columns_(columns),
+        begin_(begin),
+        lines_(CeilDiv(end - begin, kLanes)),
+        steps_(steps),
+        data_{work.fetch && !work.stream ? work.output : nullptr,
+              work.fetch ? work.epilogue.residual : nullptr} {}
+
+  bool any() const { return data_[0] != nullptr || data_[1] != nullptr; }
+
+  // Fetches what is due after `steps` more steps.
+  KS_ALWAYS_INLINE void Fetch(const Work& work, int64_t steps) {
+    if (!any()) return;
+    due_ += steps * lines_ * kLanes;
+    for (; due_ > 0 && fetched_ < lines_ * kLanes; ++fetched_, due_ -= steps_) {
+      const int64_t lane = fetched_ / lines_, channel = begin_ + fetched_ % lines_ * kLanes;
+      for (const float* data : data_) {
+        if (data == nullptr) continue;
+        FetchPixels(work.p, work.regions, row_, column_, rows_, columns_, lane, channel, data);
+      }
+    }
+  }
+
+ private:
+  int64_t row_, column_, rows_, columns_, begin_, lines_, steps_;
+  const float* data_[2];
+  int64_t fetched_ = 0, due_ = 0;  // due_: times steps_.
+};
+
+// The function that stores this work's results.
+StoreFunction FindStore(const Work& work) {
+  const bool finish = work.epilogue.used;
+  return work.stream ? (finish ? StoreBlock<true, true> : StoreBlock<true, false>)
+                     : (finish ? StoreBlock<false, true> : StoreBlock<false, false>);
+}
+
+// Fills the planes of source channels [begin, end) of work.regions.
+void PackPart(const Work& work, int64_t begin, int64_t end, float* planes) {
+  if (work.p.points > 0) {
+    PackPoints(work.p, work.regions, begin, end, work.zeros, work.row, planes);
+  } else {
+    PackPlanes(work.p, work.regions, begin, end, work.zeros, planes);
+  }
 }
 
 // Adds one part of the source channels to result channels [begin, end); stores them after the last.
@@ -743,25 +854,15 @@ void ComputePart(Work& work, int64_t part, int64_t begin, int64_t end, const flo
                                       [columns - p.region_columns / p.blocks_wide][edge];
       // What is stored to and added at the end, a little before each result channel.
       const bool last_part = part == p.parts - 1;
-      const float* const fetch[] = {last_part && work.fetch && !work.stream ? work.output : nullptr,
-                                    last_part && work.fetch ? work.epilogue.residual : nullptr};
-      const bool fetches = fetch[0] != nullptr || fetch[1] != nullptr;
-      const int64_t lines = CeilDiv(end - begin, kLanes);
-      int64_t fetched = 0, due = 0;  // due: times result channels.
+      UpcomingResults results(work, row, column, rows, columns, begin, end, end - begin);
+      const bool fetches = last_part && results.any();
       // With one tap several channels at a time, all of them where nothing is fetched.
       int64_t step = !p.pointwise ? 1 : fetches ? 4 : end - begin;
       if (work.upcoming.units > 0) {
         step = Min(step, RoundUp(CeilDiv(work.upcoming.steps, work.upcoming.units), 4));
       }
       for (int64_t k = begin; k < end; k += step) {
-        due += step * lines * kLanes;
-        for (; fetches && due > 0 && fetched < lines * kLanes; ++fetched, due -= end - begin) {
-          const int64_t lane = fetched / lines, channel = begin + fetched % lines * kLanes;
-          for (const float* data : fetch) {
-            if (data == nullptr) continue;
-            FetchPixels(p, work.regions, row, column, rows, columns, lane, channel, data);
-          }
-        }
+        if (fetches) results.Fetch(work, step);
         if (p.pointwise) {
           FetchDue(Min(step, end - k), &work.upcoming);
           work.sum_pixels(pixel_sums, k, Min(end, k + step));
@@ -779,26 +880,118 @@ void ComputePart(Work& work, int64_t part, int64_t begin, int64_t end, const flo
         if (block.connections > 0 || !block.accumulate) function(block);
       }
       if (last_part) {
-        const bool finish = work.epilogue.used;
-        const auto store = work.stream
-                               ? (finish ? StoreBlock<true, true> : StoreBlock<true, false>)
-                               : (finish ? StoreBlock<false, true> : StoreBlock<false, false>);
-        store(p, work.regions, row, column, rows, columns, begin, end, sums, p.tile_stride,
-              work.epilogue, work.sink, work.output);
+        FindStore(work)(p, work.regions, row, column, rows, columns, begin, end, sums,
+                        p.tile_stride, work.epilogue, work.sink, work.output);
       }
       if (p.parts > 1) sums += rows * columns * kLanes;
     }
   }
 }
 
+// --- Points --------------------------------------------------------------------------------------
+
+int64_t PointFilterBytes(int64_t kept) { return PieceBytes(kept * kPoints * kPointTaps, 4); }
+
+// Lays out the filter of result channels [begin, end) for SumPoints: from where the table has its
+// connections on, each set of p.points points [connections][p.points][kPointTaps]. Connections of a
+// transposed table have come from places `from`, and their taps are flipped.
+void LayPoints(const Parameters& p, const Table& table, const float* filter, const int32_t* from,
+               int64_t begin, int64_t end, float* to) {
+  to += int64_t{table.row_splits[begin]} * kPoints * kPointTaps;
+  for (int64_t o = begin; o < end; ++o) {
+    const int64_t first = table.row_splits[o];
+    const int64_t connections = table.row_splits[o + 1] - first;
+    for (int64_t c = 0; c < connections; ++c) {
+      const float* taps = filter + (from == nullptr ? first + c : from[first + c]) * 9;
+      for (int64_t i = 0; i < kPointTaps; ++i, taps += 3) {
+        float points[kPoints];
+        if (from == nullptr) {
+          TransformTaps({taps[0], taps[1], taps[2]}, points);
+        } else {
+          TransformTaps({taps[2], taps[1], taps[0]}, points);
+        }
+        const int64_t row = from == nullptr ? i : kPointTaps - 1 - i;
+        for (int64_t t = 0; t < kPoints; ++t) {
+          const int64_t set = t / p.points;
+          to[((set * connections + c) * p.points + t % p.points) * kPointTaps + row] = points[t];
+        }
+      }
+    }
+    to += connections * kPoints * kPointTaps;
+  }
+}
+
+// A row of kTileColumns results of one channel: floats, an odd number of vectors.
+constexpr int64_t kResultRow = (kTileColumns | 1) * kLanes;
+constexpr int64_t kStoredTogether = 4 * kLanes;  // Result channels.
+
+// Stores what the sums of result channels [begin, end) are in pixels.
+void StorePoints(const Work& work, int64_t begin, int64_t end) {
+  const Parameters& p = work.p;
+  const StoreFunction store = FindStore(work);
+  for (int64_t first = begin; first < end; first += kStoredTogether) {
+    const int64_t last = Min(end, first + kStoredTogether);
+    for (int64_t r = 0; r < p.region_rows; ++r) {
+      const float* from = work.sums + (first - begin) * p.tile_stride + r * kLanes;
+      float* to = work.row;
+      for (int64_t o = first; o < last; ++o, from += p.tile_stride, to += kResultRow) {
+        Vec sums[kPoints], results[kTileColumns];
+        KS_UNROLL
+        for (int t = 0; t < kPoints; ++t) sums[t] = Load(from + t * p.region_rows * kLanes);
+        TransformSums(sums, results);
+        KS_UNROLL
+        for (int c = 0; c < kTileColumns; ++c) Store(to + c * kLanes, results[c]);
+      }
+      store(p, work.regions, r, 0, 1, kTileColumns, first, last, work.row, kResultRow,
+            work.epilogue, work.sink, work.output);
+    }
+  }
+}
+
+// ComputePart with points: all source channels are one part.
+void ComputePoints(const Work& work, int64_t begin, int64_t end, const float* planes) {
+  const Parameters& p = work.p;
+  const int32_t* splits = work.table.row_splits;
+  const int32_t* order = work.table.order;
+  const int64_t sets = kPoints / p.points;
+  const int64_t window_row = -p.pad_top - p.origin_row;
+  PointBlock block;
+  block.plane_size = p.plane_size;
+  block.point_step = p.plane_rows * kLanes;
+  block.row_begin = Max(0, -window_row);
+  block.row_end = Min(p.region_rows + kPointTaps - 1, p.plane_rows - window_row);
+  const bool edge = block.row_begin > 0 || block.row_end < p.region_rows + kPointTaps - 1;
+  const PointFunction function = FindPoints(p.points, p.region_rows, edge);
+  UpcomingResults results(work, 0, 0, p.region_rows, p.region_columns, begin, end,
+                          sets * (end - begin));
+  for (int64_t set = 0; set < sets; ++set) {
+    block.planes = planes + set * p.points * block.point_step + window_row * kLanes;
+    for (int64_t k = begin; k < end; ++k) {
+      results.Fetch(work, 1);
+      const int64_t o = order[k];
+      const int64_t first = splits[o];
+      block.connections = splits[o + 1] - first;
+      block.channels = work.table.channels + first;
+      block.filter =
+          work.table.filter + (first * kPoints + set * block.connections * p.points) * kPointTaps;
+      block.sums =
+          work.sums + (o - begin) * p.tile_stride + set * p.points * p.region_rows * kLanes;
+      function(block);
+    }
+  }
+  StorePoints(work, begin, end);
+}
+
 // --- Plan ----------------------------------------------------------------------------------------
 
 constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
+
 // Bytes of a result that its reader will not find in a near cache.
 constexpr int64_t kStreamFrom = 8 << 20;
-constexpr int64_t kFetchSums = 6;        // Connections of a source channel worth fetching it in.
-constexpr int64_t kSharedGroups = 8;     // With fewer groups, threads share their planes.
-constexpr int64_t kSplitCycles = 40000;  // Least work on planes that are shared.
+constexpr int64_t kFetchSums = 6;         // Connections of a source channel worth fetching it in.
+constexpr double kNearBytes = 600 << 10;  // Of planes that stay in the L2 cache beside sums.
+constexpr int64_t kSharedGroups = 8;      // With fewer groups, threads share their planes.
+constexpr int64_t kSplitCycles = 40000;   // Least work on planes that are shared.
 
 struct Axis {
   int64_t size, source, kernel, pad;
@@ -855,7 +1048,7 @@ KS_INLINE double Larger(double a, double b) { return a > b ? a : b; }
 // Chooses the regions, blocks and parts. Costs are clock cycles, roughly; the constants are those
 // that chose best among 2000 measured candidates, 3% above the fastest on average, with 64-byte
 // vectors. Depends on sizes and the number of connections only.
-void ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
+double ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
   const Axis high = {p->rows, p->height, p->kernel_height, p->pad_top};
   const Axis wide = {p->columns, p->width, p->kernel_width, p->pad_left};
   Cut rows[kMaxRegion], columns[kMaxRegion];
@@ -930,6 +1123,68 @@ void ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
       }
     }
   }
+  return best;
+}
+
+bool Takes(const KsGeometry& geometry) {
+  return geometry.stride_height == 1 && geometry.stride_width == 1 &&
+         geometry.dilation_height == 1 && geometry.dilation_width == 1 &&
+         Max(geometry.kernel_height, geometry.kernel_width) <= 7 &&
+         (Max(geometry.kernel_height, geometry.kernel_width) > 1 || IsPointwise(geometry));
+}
+
+bool TakesPoints(const KsGeometry& geometry, int64_t channels) {
+  return Takes(geometry) && geometry.kernel_height == 3 && geometry.kernel_width == 3 &&
+         channels >= kLanes;
+}
+
+// ChooseRegions with points; returns the cost. On a CPU with one multiply-add a cycle points win
+// from 2 or 3 connections of a result channel on; the constants leave room for those with two.
+double ChoosePoints(int64_t kept, Parameters* p) {
+  Cut rows[kMaxRegion];
+  const int64_t num_rows = CandidateCuts({p->rows, p->height, 3, p->pad_top}, rows);
+  const int64_t regions_wide = CeilDiv(p->columns, kTileColumns);
+  const double channels = static_cast<double>(p->channels);
+  const double results = static_cast<double>(p->out_channels);
+  double best = 0;
+  for (int64_t y = 0; y < num_rows; ++y) {
+    const Cut& row = rows[y];
+    const int64_t groups = CeilDiv(p->batch * row.regions * regions_wide, kLanes);
+    const double region = static_cast<double>(row.region), plane = static_cast<double>(row.plane);
+    const double bytes = plane * channels * kPoints * kLanes * 4;
+    const bool far = bytes > kNearBytes;
+    const bool wait = groups < kSharedGroups && bytes * static_cast<double>(groups) > 512.0 * 1024;
+    const double fill = (wait ? 80 : far ? 45 : 35) * plane * channels;
+    for (int64_t points = 1; points <= kPoints; ++points) {
+      const int64_t sums = points * row.region;
+      if (kPoints % points != 0 || row.region > kMaxPointRows || sums > kMaxPointSums) continue;
+      const double blocks = static_cast<double>(kPoints / points);
+      const double near = static_cast<double>(points) * plane * channels * kLanes * 4;
+      const double multiply = 0.65 * kPoints * kPointTaps * region * row.inside;
+      const double loads = kPoints * plane * LoadCost(near, near) + 2;
+      const double chain = blocks * kPointTaps * 3.8;
+      const double connection = Larger(Larger(multiply, chain), loads) + 4 * blocks;
+      const double cost =
+          static_cast<double>(groups) *
+          (static_cast<double>(kept) * connection + fill + results * (43 * region + 30 * blocks));
+      if (best > 0 && cost >= best) continue;
+      best = cost;
+      p->points = points;
+      p->region_rows = row.region;
+      p->region_columns = kTileColumns;
+      p->regions_high = row.regions;
+      p->regions_wide = regions_wide;
+      p->groups = groups;
+      p->origin_row = row.origin;
+      p->origin_column = -p->pad_left;
+      p->plane_rows = row.plane;
+      p->plane_columns = kPoints;
+      p->blocks_high = p->blocks_wide = p->parts = 1;
+      // Planes beyond the L2 cache are read once, point by point, for all result channels.
+      p->together = far ? p->out_channels : kStoredTogether;
+    }
+  }
+  return best;
 }
 
 // ChooseRegions for one tap: all pixels of a region are one block.
@@ -995,6 +1250,11 @@ int64_t PackChannels(const Parameters& p) {
   constexpr int64_t kPixels = 4096;  // Times channels: worth a piece.
   return RoundUp(CeilDiv(kPixels, p.plane_rows * p.plane_columns), kLanes);
 }
+// With points: kLanes rows of planes, or a row of each channel that is stored together.
+int64_t RowBytes(const Parameters& p) {
+  if (p.points == 0) return 0;
+  return PieceBytes(Max(kLanes * kPointRow, kStoredTogether * kResultRow), 4);
+}
 int64_t PackItems(const Parameters& p) { return Max(1, p.channels / PackChannels(p)); }
 
 int64_t TableBytes(const Parameters& p, int64_t kept) {
@@ -1002,7 +1262,7 @@ int64_t TableBytes(const Parameters& p, int64_t kept) {
          (p.pointwise ? PieceBytes(p.parts * NumLists(p) + 1, 4) + 2 * PieceBytes(kept, 4) : 0);
 }
 
-int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
+int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) {
   const int64_t least = Min(Min(Min(p.batch, p.channels), Min(p.height, p.width)),
                             Min(Min(p.rows, p.columns), p.out_channels));
   KindTraits kind;
@@ -1013,28 +1273,41 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   p.splits = 1;
   if (p.pointwise) {
     ChoosePixels(arguments.kept, &p);
+  } else if (points) {
+    ChoosePoints(arguments.kept, &p);
   } else {
-    ChooseRegions(kind, arguments.kept, &p);
+    const double cost = ChooseRegions(kind, arguments.kept, &p);
+    Parameters other = p;
+    if (TakesPoints(arguments.geometry, p.channels) &&
+        ChoosePoints(arguments.kept, &other) < cost) {
+      return 0;  // The next routine does it.
+    }
   }
+  // With one part, as many as are stored together; with several, all of them.
+  if (p.points == 0) p.together = p.parts == 1 ? kStoredTogether : p.out_channels;
   if (p.interleaved) {
     p.source_column *= kLanes;
     p.result_column *= kLanes;
   }
   // A plane is an odd number of cache lines, so that the planes of different channels do not fall
   // into the same cache sets; so are the sums of a channel.
-  p.plane_size = (CeilDiv(p.plane_rows * p.plane_columns * kLanes, 16) | 1) * 16;
+  const int64_t plane_vectors = p.plane_rows * (p.points > 0 ? kPoints : p.plane_columns);
+  p.plane_size = (CeilDiv(plane_vectors * kLanes, 16) | 1) * 16;
   if (p.pointwise && p.channels > INT32_MAX / p.plane_size) return 0;
-  p.lead =
-      (Max(0, p.pad_top + p.origin_row) * p.plane_columns + Max(0, p.pad_left + p.origin_column)) *
-      kLanes;
+  p.lead = (Max(0, p.pad_top + p.origin_row) * (p.points > 0 ? 1 : p.plane_columns) +
+            Max(0, p.pad_left + p.origin_column)) *
+           kLanes;
   const int64_t pixels = p.region_rows * p.region_columns;
   const int64_t block_pixels =
       CeilDiv(p.region_rows, p.blocks_high) * CeilDiv(p.region_columns, p.blocks_wide);
-  p.tile_stride = (CeilDiv((p.parts == 1 ? block_pixels : pixels) * kLanes, 16) | 1) * 16;
+  const int64_t tile_vectors = p.points > 0   ? p.region_rows * kPoints
+                               : p.parts == 1 ? block_pixels
+                                              : pixels;
+  p.tile_stride = (CeilDiv(tile_vectors * kLanes, 16) | 1) * 16;
   const int64_t taps = p.kernel_height * p.kernel_width;
   const int64_t fill = p.plane_rows * p.plane_columns * 5;
   const int64_t empty = pixels * 6 * p.out_channels;
-  const int64_t sums = arguments.kept * pixels * taps * 6 / 10;
+  const int64_t sums = arguments.kept * pixels * taps * (p.points > 0 ? 3 : 6) / 10;
   const int64_t group_bytes = PlanesSize(p, true) * 4;
   if (p.groups < kSharedGroups && p.groups * group_bytes <= kScratchLimit) {
     p.shared_planes = 1;
@@ -1052,6 +1325,11 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   if (p.pointwise) {
     stage->items = CeilDiv(arguments.kept, kWeightsOfItem);
     stage->cost = 2 * kWeightsOfItem;
+    stage->prepares = KS_PREPARES_FILTER;
+    ++stage;
+  } else if (p.points > 0) {
+    stage->items = CeilDiv(p.out_channels, kLanes);
+    stage->cost = 100 + arguments.kept * 60 * kLanes / p.out_channels;
     stage->prepares = KS_PREPARES_FILTER;
     ++stage;
   } else if (p.transposed) {
@@ -1077,12 +1355,13 @@ int Plan(const KsArguments& arguments, Parameters p, KsPlan* plan) {
   plan->table_bytes =
       (p.transposed ? TransposedTableBytes(arguments) : 0) + TableBytes(p, arguments.kept);
   plan->filter_bytes = p.pointwise    ? PieceBytes(arguments.kept, 4)
+                       : p.points > 0 ? PointFilterBytes(arguments.kept)
                        : p.transposed ? TransposedFilterBytes(arguments)
                                       : 0;
   plan->shared_bytes = p.shared_planes ? p.groups * group_bytes : 0;
   plan->scratch_bytes =
-      PieceBytes(RoundUp(Min(p.out_channels, Together(p)), kLanes) * p.tile_stride, 4) +
-      PieceBytes(p.channels, 4) + PieceBytes(p.out_channels, 4) +
+      PieceBytes(RoundUp(Min(p.out_channels, p.together), kLanes) * p.tile_stride, 4) +
+      PieceBytes(p.channels, 4) + PieceBytes(p.out_channels, 4) + RowBytes(p) +
       (p.shared_planes ? 0 : PlanesSize(p, false) * 4);
   if (plan->scratch_bytes > kScratchLimit) return 0;
   SaveParameters(p, plan);
@@ -1103,7 +1382,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   KindTraits kind = {};
   work.sum_pixels = p.pointwise ? FindPixels(p.region_rows * p.region_columns, p.paired) : nullptr;
   if (!p.pointwise) FindKind(p.kernel_height, p.kernel_width, &kind);
-  for (int i = 0; i < 2 && !p.pointwise; ++i) {
+  for (int i = 0; i < 2 && !p.pointwise && p.points == 0; ++i) {
     for (int j = 0; j < 2; ++j) {
       const int64_t rows = p.region_rows / p.blocks_high + i;
       const int64_t columns = p.region_columns / p.blocks_wide + j;
@@ -1147,18 +1426,25 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
     }
     return;
   }
-  if (p.transposed && !p.pointwise && stage-- == 0) {
+  if (p.points > 0) work.table.filter = static_cast<float*>(memory->filter);
+  if (p.points > 0 && stage-- == 0) {
+    LayPoints(p, work.table, arguments.filter, transposed.from, begin * kLanes,
+              Min(end * kLanes, p.out_channels), static_cast<float*>(memory->filter));
+    return;
+  }
+  if (p.transposed && !p.pointwise && p.points == 0 && stage-- == 0) {
     const int64_t last_tap = p.kernel_height * p.kernel_width - 1;
     TransposeFilter(arguments, transposed, begin, end,
                     [last_tap](int64_t t) { return last_tap - t; });
     return;
   }
 
-  const int64_t together = Together(p);
+  const int64_t together = p.together;
   work.sums =
       scratch_arena.Take<float>(RoundUp(Min(p.out_channels, together), kLanes) * p.tile_stride);
   work.zeros = scratch_arena.Take<float>(p.channels);
   work.sink = scratch_arena.Take<float>(p.out_channels);
+  work.row = scratch_arena.Take<float>(RowBytes(p) / 4);
   memset(work.zeros, 0, p.channels * 4);
   float* own_planes = reinterpret_cast<float*>(scratch_arena.at) + p.lead;
   const int64_t group_size = PlanesSize(p, true);
@@ -1172,8 +1458,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
       }
       const int64_t first = item % blocks * PackChannels(p);
       const int64_t last = item % blocks == blocks - 1 ? p.channels : first + PackChannels(p);
-      PackPlanes(p, work.regions, first, last, work.zeros,
-                 shared_planes + group * group_size + first * p.plane_size);
+      PackPart(work, first, last, shared_planes + group * group_size + first * p.plane_size);
     }
     return;
   }
@@ -1195,7 +1480,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
       if (p.shared_planes) {
         planes = shared_planes + group * group_size + channel * p.plane_size;
       } else {
-        PackPlanes(p, work.regions, channel, PartChannel(p, part + 1), work.zeros, own_planes);
+        PackPart(work, channel, PartChannel(p, part + 1), own_planes);
       }
       FetchNothing(&work.upcoming);
       const bool last_part = part == p.parts - 1;
@@ -1207,7 +1492,12 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
                     &work.upcoming);
       }
       for (int64_t o = SplitChannel(p, split); o < last_channel; o += together) {
-        ComputePart(work, part, o, Min(last_channel, o + together), planes);
+        const int64_t end_channel = Min(last_channel, o + together);
+        if (p.points > 0) {
+          ComputePoints(work, o, end_channel, planes);
+        } else {
+          ComputePart(work, part, o, end_channel, planes);
+        }
       }
     }
   }
@@ -1257,13 +1547,6 @@ Parameters Pass(const KsGeometry& geometry, int64_t height, int64_t width, int64
   return p;
 }
 
-bool Takes(const KsGeometry& geometry) {
-  return geometry.stride_height == 1 && geometry.stride_width == 1 &&
-         geometry.dilation_height == 1 && geometry.dilation_width == 1 &&
-         Max(geometry.kernel_height, geometry.kernel_width) <= 7 &&
-         (Max(geometry.kernel_height, geometry.kernel_width) > 1 || IsPointwise(geometry));
-}
-
 // One tap that skips pixels: the convolution of the pixels it meets.
 bool IsSubsampled(const KsGeometry& geometry) {
   return geometry.kernel_height == 1 && geometry.kernel_width == 1 &&
@@ -1273,15 +1556,11 @@ bool IsSubsampled(const KsGeometry& geometry) {
          (geometry.out_width - 1) * geometry.stride_width < geometry.in_width;
 }
 
-}  // namespace
-
-int ConnectionConv2DRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
-  const KsGeometry& geometry = arguments->geometry;
-  const bool subsampled = IsSubsampled(geometry);
-  if (!subsampled && !Takes(geometry)) return 0;
+// The source is the input,
+Parameters ForwardPass(const KsGeometry& geometry) {
   Parameters p = Pass(geometry, geometry.in_height, geometry.in_width, geometry.in_channels,
                       geometry.out_height, geometry.out_width, geometry.out_channels);
-  if (subsampled) {
+  if (IsSubsampled(geometry)) {
     p.height = p.rows;
     p.width = p.columns;
     p.source_row *= geometry.stride_height;
@@ -1290,7 +1569,26 @@ int ConnectionConv2DRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
   p.pad_top = geometry.pad_top;
   p.pad_left = geometry.pad_left;
   PreferWide(&p);
-  return Plan(*arguments, p, plan);
+  return p;
+}
+
+// or out_backprop.
+Parameters BackwardPass(const KsGeometry& geometry) {
+  Parameters p = Pass(geometry, geometry.out_height, geometry.out_width, geometry.out_channels,
+                      geometry.in_height, geometry.in_width, geometry.in_channels);
+  p.transposed = 1;
+  p.pad_top = geometry.kernel_height - 1 - geometry.pad_top;
+  p.pad_left = geometry.kernel_width - 1 - geometry.pad_left;
+  PreferWide(&p);
+  return p;
+}
+
+}  // namespace
+
+int ConnectionConv2DRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
+  const KsGeometry& geometry = arguments->geometry;
+  if (!IsSubsampled(geometry) && !Takes(geometry)) return 0;
+  return Plan(*arguments, false, ForwardPass(geometry), plan);
 }
 
 void ConnectionConv2DRegionsRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
@@ -1298,21 +1596,38 @@ void ConnectionConv2DRegionsRun(const KsArguments* arguments, const KsPlan* plan
   Run(*arguments, plan, stage, begin, end, memory, arguments->input);
 }
 
+int ConnectionConv2DWinogradPlan(const KsArguments* arguments, KsPlan* plan) {
+  const KsGeometry& geometry = arguments->geometry;
+  if (!TakesPoints(geometry, geometry.in_channels)) return 0;
+  return Plan(*arguments, true, ForwardPass(geometry), plan);
+}
+
+void ConnectionConv2DWinogradRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
+                                 int64_t begin, int64_t end, const KsMemory* memory) {
+  Run(*arguments, plan, stage, begin, end, memory, arguments->input);
+}
+
 int ConnectionConv2DBackpropInputRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
   const KsGeometry& geometry = arguments->geometry;
   if (!Takes(geometry)) return 0;
-  Parameters p = Pass(geometry, geometry.out_height, geometry.out_width, geometry.out_channels,
-                      geometry.in_height, geometry.in_width, geometry.in_channels);
-  p.transposed = 1;
-  p.pad_top = geometry.kernel_height - 1 - geometry.pad_top;
-  p.pad_left = geometry.kernel_width - 1 - geometry.pad_left;
-  PreferWide(&p);
-  return Plan(*arguments, p, plan);
+  return Plan(*arguments, false, BackwardPass(geometry), plan);
 }
 
 void ConnectionConv2DBackpropInputRegionsRun(const KsArguments* arguments, const KsPlan* plan,
                                              int32_t stage, int64_t begin, int64_t end,
                                              const KsMemory* memory) {
+  Run(*arguments, plan, stage, begin, end, memory, arguments->out_backprop);
+}
+
+int ConnectionConv2DBackpropInputWinogradPlan(const KsArguments* arguments, KsPlan* plan) {
+  const KsGeometry& geometry = arguments->geometry;
+  if (!TakesPoints(geometry, geometry.out_channels)) return 0;
+  return Plan(*arguments, true, BackwardPass(geometry), plan);
+}
+
+void ConnectionConv2DBackpropInputWinogradRun(const KsArguments* arguments, const KsPlan* plan,
+                                              int32_t stage, int64_t begin, int64_t end,
+                                              const KsMemory* memory) {
   Run(*arguments, plan, stage, begin, end, memory, arguments->out_backprop);
 }
 

@@ -25,7 +25,8 @@
 #include <immintrin.h>
 #endif
 
-#define KS_INLINE static inline __attribute__((always_inline))
+#define KS_ALWAYS_INLINE inline __attribute__((always_inline))
+#define KS_INLINE static KS_ALWAYS_INLINE
 // For loops with a constant trip count whose body keeps arrays of vectors in registers.
 #ifdef __clang__
 #define KS_UNROLL _Pragma("unroll")
@@ -48,6 +49,15 @@ typedef float UnalignedVec __attribute__((vector_size(KS_VECTOR_BYTES), aligned(
 
 KS_INLINE Vec Load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 KS_INLINE void Store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+
+// Keeps a loaded vector in a register: the compiler would rather load it again for each product.
+// With 16 registers that is what it should do.
+KS_INLINE Vec InRegister(Vec v) {
+#if KS_VECTOR_BYTES == 64
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 
 // Stores past the caches, which spares the read of what is overwritten: for results too large to be
 // found there later. `p` is aligned to a vector. Other threads see the values after StreamEnd().
