@@ -19,6 +19,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <memory>
@@ -374,6 +375,7 @@ bool Run(const Report& report, const KsRoutine* routine, KsArguments arguments, 
 void CheckRoutines(Report* report, const KsArguments& arguments, size_t result_size, size_t offset,
                    std::mt19937* random) {
   const Block<float> expected(result_size, offset), actual(result_size, offset);
+  const Block<float> whole(result_size, offset);
   const std::string text = report->text;
   for (int32_t i = ks_num_routines() - 1; i >= 0; --i) {  // the references first
     const KsRoutine* routine = ks_routine(i);
@@ -383,13 +385,22 @@ void CheckRoutines(Report* report, const KsArguments& arguments, size_t result_s
       Run(*report, routine, arguments, Cut::kWhole, random, expected);
       continue;
     }
+    // Minimal filtering rounds, if only a little: the next integer must be the expected one.
+    const bool rounds = strstr(routine->name, "Winograd") != nullptr;
     for (Cut cut : {Cut::kWhole, Cut::kSingle, Cut::kShuffled}) {
       if (!Run(*report, routine, arguments, cut, random, actual)) break;
       for (size_t e = 0; e < result_size; ++e) {
-        if (actual.data()[e] != expected.data()[e]) {  // also where either is NaN
+        const float wanted = expected.data()[e];
+        const float nearest = rounds ? std::nearbyint(actual.data()[e]) : actual.data()[e];
+        if (nearest != wanted || std::abs(actual.data()[e] - wanted) > 0.01f) {  // NaN is not equal
           report->Fail("element " + std::to_string(e) + " is " + std::to_string(actual.data()[e]) +
-                       ", expected " + std::to_string(expected.data()[e]));
+                       ", expected " + std::to_string(wanted));
         }
+      }
+      if (cut == Cut::kWhole) {
+        std::copy_n(actual.data(), result_size, whole.data());
+      } else if (result_size > 0 && memcmp(actual.data(), whole.data(), 4 * result_size) != 0) {
+        report->Fail("the result depends on how the work is cut");
       }
     }
   }
