@@ -989,7 +989,8 @@ constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
 // Bytes of a result that its reader will not find in a near cache.
 constexpr int64_t kStreamFrom = 8 << 20;
 constexpr int64_t kFetchSums = 6;         // Connections of a source channel worth fetching it in.
-constexpr double kNearBytes = 600 << 10;  // Of planes that stay in the L2 cache beside sums.
+constexpr double kNearBytes = 400 << 10;  // Of planes and sums that stay in the L2 cache,
+constexpr double kOnceBytes = 600 << 10;  // and of planes that do not.
 constexpr int64_t kSharedGroups = 8;      // With fewer groups, threads share their planes.
 constexpr int64_t kSplitCycles = 40000;   // Least work on planes that are shared.
 
@@ -1152,9 +1153,12 @@ double ChoosePoints(int64_t kept, Parameters* p) {
     const int64_t groups = CeilDiv(p->batch * row.regions * regions_wide, kLanes);
     const double region = static_cast<double>(row.region), plane = static_cast<double>(row.plane);
     const double bytes = plane * channels * kPoints * kLanes * 4;
-    const bool far = bytes > kNearBytes;
+    const double sums_bytes =
+        region * kPoints * kLanes * 4 * static_cast<double>(Min(p->out_channels, kStoredTogether));
+    const bool far = bytes + sums_bytes > kNearBytes;
     const bool wait = groups < kSharedGroups && bytes * static_cast<double>(groups) > 512.0 * 1024;
-    const double fill = (wait ? 80 : far ? 45 : 35) * plane * channels;
+    const double fill = (wait ? 100 : far ? 60 : 35) * plane * channels;
+    const double empty = (far ? 60 : 43) * region * results;
     for (int64_t points = 1; points <= kPoints; ++points) {
       const int64_t sums = points * row.region;
       if (kPoints % points != 0 || row.region > kMaxPointRows || sums > kMaxPointSums) continue;
@@ -1164,9 +1168,8 @@ double ChoosePoints(int64_t kept, Parameters* p) {
       const double loads = kPoints * plane * LoadCost(near, near) + 2;
       const double chain = blocks * kPointTaps * 3.8;
       const double connection = Larger(Larger(multiply, chain), loads) + 4 * blocks;
-      const double cost =
-          static_cast<double>(groups) *
-          (static_cast<double>(kept) * connection + fill + results * (43 * region + 30 * blocks));
+      const double cost = static_cast<double>(groups) * (static_cast<double>(kept) * connection +
+                                                         fill + empty + results * 30 * blocks);
       if (best > 0 && cost >= best) continue;
       best = cost;
       p->points = points;
@@ -1181,7 +1184,7 @@ double ChoosePoints(int64_t kept, Parameters* p) {
       p->plane_columns = kPoints;
       p->blocks_high = p->blocks_wide = p->parts = 1;
       // Planes beyond the L2 cache are read once, point by point, for all result channels.
-      p->together = far ? p->out_channels : kStoredTogether;
+      p->together = bytes > kOnceBytes ? p->out_channels : kStoredTogether;
     }
   }
   return best;
