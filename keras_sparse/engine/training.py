@@ -22,10 +22,12 @@ __all__ = ["break_even", "convolve", "is_supported"]
 # into a kernel of zeros; `product`: multiply-adds cost more than in a dense product; `packing`: the filter is gathered
 # from the kernel, its gradient scattered, once a step; `strided`: what strides multiply the last two by. Read off the
 # CPU times of 38 layers of 3 to 1024 channels on 64 to 12544 pixels, densities 0.05 to 1, one thread of an AVX-512
-# machine, and rounded towards the dense convolution. They are constants, rather than timed when a model is built, so
-# that a training run can be repeated.
+# machine, and rounded towards the dense convolution; those of 3x3 kernels without strides, whose multiply-adds minimal
+# filtering halves, off whole steps at densities 0.5 to 1 (benchmarks/training.py). They are constants, rather than
+# timed when a model is built, so that a training run can be repeated.
 _COSTS = {
     "connection": {"planes": 4.0, "fixed": 30.0, "product": 1.5, "packing": 250.0, "strided": (2.0, 4.0)},
+    "connection_3x3": {"planes": 4.0, "fixed": 30.0, "product": 1.15, "packing": 250.0, "strided": (2.0, 4.0)},
     "connection_1x1": {"planes": 8.0, "fixed": 60.0, "product": 2.2, "packing": 2000.0, "strided": (2.0, 4.0)},
     "thinned": {"planes": 1.0, "fixed": 0.0, "product": 1.6, "packing": 60.0, "strided": (1.0, 1.0)},
 }
@@ -55,7 +57,10 @@ def break_even(kernel_shape, pixels, strided=False, thinned=False):
         A number, or a tensor where `pixels` is one. At most 0: the sparse routines win at no density.
     """
     taps = math.prod(kernel_shape[:2])
-    costs = _COSTS["thinned" if thinned else "connection_1x1" if taps == 1 else "connection"]
+    # What ConnectionConv2DWinograd takes, forward and backward.
+    filtering = tuple(kernel_shape[:2]) == (3, 3) and not strided and min(kernel_shape[2:]) >= 16
+    kind = "connection_1x1" if taps == 1 else "connection_3x3" if filtering else "connection"
+    costs = _COSTS["thinned" if thinned else kind]
     planes = costs["planes"] * sum(1 / channels for channels in kernel_shape[2:]) / taps
     product, packing = (
         costs[name] * (factor if strided else 1.0) for name, factor in zip(("product", "packing"), costs["strided"])

@@ -130,7 +130,7 @@ def test_second_derivatives():
     assert_close(sparse, dense, 10000)
 
 
-# 16 channels and 3x3 taps: the break-even lies between densities 0.3 and 0.7 for batches of 4 images and more.
+# 16 channels and 3x3 taps: the break-even lies between densities 0.3 and 0.8 for batches of 4 images and more.
 # With these images no ReLU's argument comes so close to zero that dense and sparse sums round to different sides of it.
 X, Y = random((16, 12, 12, 3), 101), random((16, 4), 2)
 
@@ -430,7 +430,9 @@ def test_execution_is_checked_and_no_part_of_the_model():
 def test_break_even():
     limit = training.break_even
     at = [limit((3, 3, 64, 64), pixels) for pixels in (64, 256, 1024, 16384)]
-    assert at == sorted(at) and 0.5 < at[-1] < 0.8
+    assert at == sorted(at) and 0.7 < at[-1] < 0.9
+    # Minimal filtering makes 3x3 kernels without strides worth more than others of several taps.
+    assert 0.5 < limit((5, 5, 64, 64), 16384) < at[-1]
     assert 0 < limit((1, 1, 64, 64), 16384) < at[-1]
     assert limit((3, 3, 64, 64), 16384, strided=True) < at[-1]
     assert limit((1, 1, 3, 64), 10**9) <= 0
