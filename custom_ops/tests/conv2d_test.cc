@@ -553,6 +553,54 @@ TEST(Routines, Winograd) {
   CheckAll(cases);
 }
 
+// Widths that do and do not fill tiles, rows of taps that are kept whole, in part or not at all,
+// panels that result channels do not fill, several chunks of terms, several tiles of the batch.
+TEST(Routines, ThinnedWinograd) {
+  std::vector<Case> cases;
+  const int64_t channels[] = {1, 5, 17, 64, 83, 144};
+  const double densities[] = {0, 0.3, 0.5, 0.9, 1};
+  for (int64_t height = 1; height <= 9; ++height) {
+    for (int64_t kernel_height : {1, 3, 5}) {
+      Case c = Same({1 + height % 2, height, 1 + (height * 5 + kernel_height) % 11, 7 + height,
+                     channels[(height + kernel_height) % 6], kernel_height, 3});
+      c.density = densities[height % 5];
+      cases.push_back(c);
+    }
+  }
+  for (int64_t out_channels : channels) {
+    for (double density : densities) {
+      Case c = {2, 6, 9, 19, out_channels, 3, 3};
+      c.density = density;
+      cases.push_back(c);
+    }
+  }
+  for (int64_t pad = 0; pad < 3; ++pad) {
+    for (double density : densities) {
+      Case c = {3, 7, 10, 20, 17, 3, 3, 1, 1, 1, 1, pad, 1, 2 - pad, 2};
+      c.density = density;
+      cases.push_back(c);
+      c = {2, 5, 4, 16, 33, 5, 3, 1, 1, 1, 1, 2, pad, 0, pad};
+      c.density = density;
+      cases.push_back(c);
+    }
+  }
+  cases.push_back({2, 6, 10, 20, 17, 3, 3});  // Whole tiles without padding: read in place.
+  cases.push_back({1, 50, 58, 48, 16, 3, 3});
+  Case c = Same({1, 6, 7, 300, 83, 3, 3});  // Chunks.
+  c.density = 0.6;
+  cases.push_back(c);
+  c.batch = 9;
+  c.density = 0.3;
+  cases.push_back(c);
+  c = Same({2, 40, 41, 32, 70, 3, 3});  // Tiles that end within an image,
+  c.density = 0.5;
+  cases.push_back(c);
+  c = Same({40, 7, 7, 40, 20, 3, 3});  // and that hold several.
+  c.density = 0.5;
+  cases.push_back(c);
+  CheckAll(cases);
+}
+
 // What the op does with its thread pool; make sanitize runs these under the thread sanitizer.
 void CheckThreads(const Case& c, int* runs) {
   SCOPED_TRACE(Describe(c));

@@ -27,7 +27,7 @@ namespace KS_ISA {
 // general registers limit them where the vector registers would not.
 constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kMostPoints = kRegisters == 32 ? 9 : 8;
-constexpr int kPoints[] = {0, kRegisters == 32 ? 9 : 8, kRegisters == 32 ? 9 : 6, 8, 6};
+constexpr int kBlockPoints[] = {0, kRegisters == 32 ? 9 : 8, kRegisters == 32 ? 9 : 6, 8, 6};
 
 struct Term {
   int32_t x;    // Floats from a point.
@@ -156,11 +156,11 @@ struct FillSumFunctions<kVectors, 0> {
 };
 KS_INLINE SumFunctions AllSumFunctions() {
   SumFunctions functions;
-  FillSumFunctions<1, kPoints[1]>::Run(&functions);
-  FillSumFunctions<2, kPoints[2]>::Run(&functions);
+  FillSumFunctions<1, kBlockPoints[1]>::Run(&functions);
+  FillSumFunctions<2, kBlockPoints[2]>::Run(&functions);
 #if KS_VECTOR_BYTES == 64 || defined(__aarch64__)
-  FillSumFunctions<3, kPoints[3]>::Run(&functions);
-  FillSumFunctions<4, kPoints[4]>::Run(&functions);
+  FillSumFunctions<3, kBlockPoints[3]>::Run(&functions);
+  FillSumFunctions<4, kBlockPoints[4]>::Run(&functions);
 #endif
   return functions;
 }
@@ -186,7 +186,7 @@ KS_INLINE Panel PanelAt(const Panels& panels, int64_t i) {
 // The sums of `count` points, given as offsets from `x` and `sums.out`, for one panel.
 KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, const float* x,
                          const Point* points, int64_t count, Sums sums) {
-  const int64_t blocks = CeilDiv(count, kPoints[panel.vectors]);
+  const int64_t blocks = CeilDiv(count, kBlockPoints[panel.vectors]);
   const int64_t few = count / Max(1, blocks), rest = count % Max(1, blocks);
   const int64_t ahead = sums.ahead;
   const int64_t width = panel.vectors * kLanes;
@@ -256,10 +256,11 @@ KS_INLINE int64_t TapOffset(const KsGeometry& geometry, const Tiles& tiles, int6
          j * geometry.dilation_width * tiles.pixel_stride;
 }
 
-// Chooses tiles of about kTileBytes. They are copied where taps leave the image, unless !may_copy:
-// the caller then keeps to the taps inside. Returns false when there is nothing to compute or
-// even one row takes too much memory. Depends on sizes only.
-KS_INLINE bool PlanTiles(const KsGeometry& geometry, bool may_copy, Tiles* tiles) {
+// Chooses tiles of about `tile_bytes`. They are copied where taps leave the image, unless
+// !may_copy: the caller then keeps to the taps inside. Returns false when there is nothing to
+// compute or even one row takes too much memory. Depends on sizes only.
+KS_INLINE bool PlanTiles(const KsGeometry& geometry, bool may_copy, Tiles* tiles,
+                         int64_t tile_bytes = kTileBytes) {
   const Grid grid = ForwardGrid(geometry);
   if (grid.batch <= 0 || grid.rows <= 0 || grid.columns <= 0) return false;
   const double least = 4.0 * (static_cast<double>(grid.reach_height) + 1) *
@@ -285,7 +286,7 @@ KS_INLINE bool PlanTiles(const KsGeometry& geometry, bool may_copy, Tiles* tiles
   const int64_t row_bytes =
       4 * tiles->row_stride * grid.step_height + grid.columns * (4 * geometry.out_channels + 32);
   const int64_t reach_bytes = 4 * tiles->row_stride * (grid.reach_height + 1);
-  int64_t rows = Min(grid.rows, Max(1, (kTileBytes - reach_bytes) / row_bytes));
+  int64_t rows = Min(grid.rows, Max(1, (tile_bytes - reach_bytes) / row_bytes));
   rows = CeilDiv(grid.rows, CeilDiv(grid.rows, rows));
   tiles->rows = rows;
   tiles->row_tiles = CeilDiv(grid.rows, rows);
@@ -294,7 +295,7 @@ KS_INLINE bool PlanTiles(const KsGeometry& geometry, bool may_copy, Tiles* tiles
   tiles->images = 1;
   if (tiles->row_tiles == 1) {
     // Enough pixels to use a row of the filter often, and then enough tiles for many threads.
-    const int64_t most = Max(1, kTileBytes / (reach_bytes + grid.rows * row_bytes));
+    const int64_t most = Max(1, tile_bytes / (reach_bytes + grid.rows * row_bytes));
     const int64_t enough = CeilDiv(192, grid.rows * grid.columns);
     tiles->images = Min(Min(grid.batch, most), Max(enough, grid.batch / kWantedItems));
     // Terms count in 32 bits.
@@ -328,6 +329,7 @@ KS_INLINE int64_t PixelOffset(const Tiles& tiles, int64_t image, int64_t row, in
 
 KS_INLINE void CopyPixels(const float* source, int64_t count, int64_t channels, float* target,
                           int64_t pixel_stride) {
+  if (channels == 0) return;  // `source` may be null.
   if (channels == pixel_stride) {
     memcpy(target, source, count * channels * 4);
     return;

@@ -11,23 +11,18 @@
 // Kept rows are taken in the order (channel / 16, tap, channel): neighbouring terms then read the
 // same cache line of a pixel. W' is packed into panels in that order, and a panel is cut into
 // chunks that stay in the second-level cache while all pixels of a tile pass by.
+//
+// Where ThinnedConv2DWinograd needs so many products less that it is faster, this routine declines.
 
 #include "custom_ops/kernels/cpu/fetch.h"
 #include "custom_ops/kernels/cpu/planes.h"
 #include "custom_ops/kernels/cpu/routines.h"
 #include "custom_ops/kernels/cpu/terms.h"
+#include "custom_ops/kernels/cpu/thinned.h"
 
 namespace ks {
 namespace KS_ISA {
 namespace {
-
-constexpr int64_t kChunkBytes = 96 * 1024;  // Of a panel of W'.
-constexpr int64_t kRowsOfItem = 64;         // Kept rows packed at a time.
-constexpr int64_t kLineChannels = 16;
-constexpr int64_t kMostSpans = 9;            // Of an axis.
-constexpr int64_t kMostPositions = 4096;     // Of an axis: more are not worth looking at each.
-constexpr int64_t kMostTermBytes = 8 << 20;  // Of all classes.
-constexpr double kStreamFrom = 8e6;          // Bytes of a result too large for the caches.
 
 struct Parameters {
   Tiles tiles;
@@ -40,54 +35,6 @@ struct Parameters {
   int64_t fetch_out;  // See Sums.
   int64_t x_ahead;    // See Sums.
 };
-
-// Neighbouring rows (or columns) of the output with the same taps inside the image.
-struct Span {
-  int64_t begin, end;          // Rows of the output.
-  int64_t tap_begin, tap_end;  // Taps inside.
-};
-
-// One axis of the convolution.
-struct Axis {
-  int64_t size, in_size;  // Of the output and of the input.
-  int64_t taps, stride, dilation, pad;
-};
-KS_INLINE Axis RowAxis(const KsGeometry& g) {
-  return {g.out_height,    g.in_height,       g.kernel_height,
-          g.stride_height, g.dilation_height, g.pad_top};
-}
-KS_INLINE Axis ColumnAxis(const KsGeometry& g) {
-  return {g.out_width, g.in_width, g.kernel_width, g.stride_width, g.dilation_width, g.pad_left};
-}
-
-KS_INLINE void TapsAt(const Axis& axis, int64_t at, Span* span) {
-  const int64_t first = at * axis.stride - axis.pad;
-  span->tap_begin = Min(axis.taps, Max(0, CeilDiv(-first, axis.dilation)));
-  span->tap_end =
-      Max(span->tap_begin, Min(axis.taps, FloorDiv(axis.in_size - 1 - first, axis.dilation) + 1));
-}
-
-// The spans of an axis, all of it when it is not split. Returns 0 when there are too many.
-int64_t MakeSpans(const Axis& axis, bool split, Span* spans) {
-  if (!split) {
-    spans[0] = {0, axis.size, 0, axis.taps};
-    return 1;
-  }
-  if (axis.size > kMostPositions) return 0;
-  int64_t count = 0;
-  for (int64_t at = 0; at < axis.size; ++at) {
-    Span span = {at, at + 1, 0, 0};
-    TapsAt(axis, at, &span);
-    if (count > 0 && spans[count - 1].tap_begin == span.tap_begin &&
-        spans[count - 1].tap_end == span.tap_end) {
-      spans[count - 1].end = at + 1;
-      continue;
-    }
-    if (count == kMostSpans) return 0;
-    spans[count++] = span;
-  }
-  return count;
-}
 
 struct Spans {
   Span rows[kMostSpans], columns[kMostSpans];
@@ -212,25 +159,6 @@ void MakeClasses(const KsArguments& arguments, const Parameters& parameters, con
   }
 }
 
-// Rows [begin, end) of W', in the order of the terms, into all panels.
-void PackRows(const KsArguments& arguments, const Prepared& prepared, int64_t begin, int64_t end) {
-  const Panels panels = MakePanels(arguments.geometry.out_channels);
-  for (int64_t i = 0; i < panels.count; ++i) {
-    const Panel panel = PanelAt(panels, i);
-    const int64_t width = panel.vectors * kLanes;
-    float* target = prepared.panels + arguments.kept * panel.first_vector * kLanes + begin * width;
-    for (int64_t t = begin; t < end; ++t, target += width) {
-      const float* row =
-          arguments.filter + prepared.order[t] * panels.channels + panel.first_vector * kLanes;
-      if (panel.channels == width) {
-        for (int64_t v = 0; v < width; v += kLanes) Store(target + v, Load(row + v));
-        continue;
-      }
-      for (int64_t c = 0; c < width; ++c) target[c] = c < panel.channels ? row[c] : 0;
-    }
-  }
-}
-
 void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Spans& spans,
                  const Prepared& prepared, const SumFunctions& functions, const Tile& tile,
                  const float* x, int64_t panel_begin, int64_t panel_end) {
@@ -306,12 +234,10 @@ double GroupCost(const KsArguments& arguments, const Parameters& parameters, con
       const double pixels = static_cast<double>(tiles.images) * (rows.end - rows.begin) *
                             (columns.end - columns.begin);
       const double blocks = static_cast<double>(
-          CeilDiv(static_cast<int64_t>(pixels), kPoints[vectors]) + tiles.row_tiles - 1);
+          CeilDiv(static_cast<int64_t>(pixels), kBlockPoints[vectors]) + tiles.row_tiles - 1);
       const double terms = static_cast<double>(arguments.kept) * (rows.tap_end - rows.tap_begin) *
                            (columns.tap_end - columns.tap_begin) / taps;
-      // A block takes as long as its products, or as fetching its part of W'.
-      const double products = pixels * vectors / 2, least = blocks * 2.0 * vectors;
-      cycles += (products > least ? products : least) * terms + blocks * 40;
+      cycles += TermCost(pixels, blocks, vectors) * terms + blocks * 40;
     }
   }
   cycles *= static_cast<double>(panels.count);
@@ -349,6 +275,8 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
     spans = candidate_spans;
   }
   const Tiles& tiles = parameters.tiles;
+  const double winograd = ThinnedConv2DWinogradCost(*arguments);
+  if (winograd >= 0 && winograd < best) return 0;
   const int64_t num_tiles = NumTiles(tiles);
   const Panels panels = MakePanels(geometry.out_channels);
   parameters.splits = 1;
@@ -363,7 +291,7 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
     parameters.x_ahead =
         geometry.kernel_height * geometry.kernel_width > 1
             ? geometry.stride_height * tiles.row_stride
-            : kPoints[PanelAt(panels, 0).vectors] * geometry.stride_width * tiles.pixel_stride;
+            : kBlockPoints[PanelAt(panels, 0).vectors] * geometry.stride_width * tiles.pixel_stride;
   }
   const double result = 4.0 * static_cast<double>(geometry.batch) * geometry.out_height *
                         geometry.out_width * geometry.out_channels;
@@ -414,7 +342,8 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
     return;
   }
   if (stage == 1) {
-    PackRows(*arguments, prepared, begin * kRowsOfItem, Min(arguments->kept, end * kRowsOfItem));
+    PackRows(*arguments, prepared.order, arguments->kept, begin * kRowsOfItem,
+             Min(arguments->kept, end * kRowsOfItem), prepared.panels);
     return;
   }
   if (stage == 2) {

@@ -43,15 +43,16 @@ KS_INLINE void TransformSource(const Vec (&d)[kPoints], Vec (&points)[kPoints]) 
   points[5] = (d[5] - (kNear2 + kFar2) * d[3]) + (kNear2 * kFar2) * d[1];
 }
 
-// G g, for `taps` in ascending order of columns.
-KS_INLINE void TransformTaps(const float (&taps)[3], float (&points)[kPoints]) {
+// G g, for `taps` in ascending order of columns: floats, or vectors of them.
+template <typename Value>
+KS_INLINE void TransformTaps(const Value (&taps)[3], Value (&points)[kPoints]) {
   constexpr float kNearScale = 1 / (2 * kNear2 * (kNear2 - kFar2));
   constexpr float kFarScale = 1 / (2 * kFar2 * (kFar2 - kNear2));
   points[0] = taps[0] * (1 / (kNear2 * kFar2));
-  const float near_even = taps[0] + kNear2 * taps[2], near_odd = kNear * taps[1];
+  const Value near_even = taps[0] + kNear2 * taps[2], near_odd = kNear * taps[1];
   points[1] = kNearScale * (near_even + near_odd);
   points[2] = kNearScale * (near_even - near_odd);
-  const float far_even = taps[0] + kFar2 * taps[2], far_odd = kFar * taps[1];
+  const Value far_even = taps[0] + kFar2 * taps[2], far_odd = kFar * taps[1];
   points[3] = kFarScale * (far_even + far_odd);
   points[4] = kFarScale * (far_even - far_odd);
   points[5] = taps[2];
