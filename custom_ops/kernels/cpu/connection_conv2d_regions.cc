@@ -949,7 +949,7 @@ void StorePoints(const Work& work, int64_t begin, int64_t end) {
 }
 
 // ComputePart with points: all source channels are one part.
-void ComputePoints(const Work& work, int64_t begin, int64_t end, const float* planes) {
+void ComputePoints(Work& work, int64_t begin, int64_t end, const float* planes) {
   const Parameters& p = work.p;
   const int32_t* splits = work.table.row_splits;
   const int32_t* order = work.table.order;
@@ -968,6 +968,7 @@ void ComputePoints(const Work& work, int64_t begin, int64_t end, const float* pl
     block.planes = planes + set * p.points * block.point_step + window_row * kLanes;
     for (int64_t k = begin; k < end; ++k) {
       results.Fetch(work, 1);
+      FetchDue(1, &work.upcoming);
       const int64_t o = order[k];
       const int64_t first = splits[o];
       block.connections = splits[o + 1] - first;
@@ -1466,8 +1467,9 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
     return;
   }
   // A source that the L2 cache does not hold is fetched for one pack while the last one is computed
-  // with. With several taps that was slower: planes are then read out of the L2 cache, too.
-  const bool fetch_source = p.pointwise && !p.shared_planes &&
+  // with. With direct sums of several taps that was slower: more of them are read out of the L2
+  // cache.
+  const bool fetch_source = (p.pointwise || p.points > 0) && !p.shared_planes &&
                             p.batch * p.height * p.width * p.channels * 4 >= kFetchFrom &&
                             arguments.kept >= p.channels * kFetchSums;
   for (int64_t item = begin; item < end; ++item) {
@@ -1491,7 +1493,8 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
         Regions regions;
         FindRegions(p, last_part ? group + 1 : group, source, &regions);
         const int64_t next = last_part ? 0 : part + 1;
-        FetchPlanes(p, regions, PartChannel(p, next), PartChannel(p, next + 1), p.out_channels,
+        const int64_t steps = p.out_channels * (p.points > 0 ? kPoints / p.points : 1);
+        FetchPlanes(p, regions, PartChannel(p, next), PartChannel(p, next + 1), steps,
                     &work.upcoming);
       }
       for (int64_t o = SplitChannel(p, split); o < last_channel; o += together) {

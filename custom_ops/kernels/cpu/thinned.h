@@ -19,6 +19,9 @@ constexpr int64_t kMostPositions = 4096;     // Of an axis: more are not worth l
 constexpr int64_t kMostTermBytes = 8 << 20;  // Of all classes.
 constexpr double kStreamFrom = 8e6;          // Bytes of a result too large for the caches.
 
+// Cycles to read a byte of W': since the last call other layers have driven it out of the caches.
+constexpr double kFilterByteCost = 0.09;
+
 // What ThinnedConv2DWinograd costs, in the cycles in which ThinnedConv2D estimates itself; negative
 // when it does not take the arguments.
 double ThinnedConv2DWinogradCost(const KsArguments& arguments);

@@ -275,8 +275,10 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
     spans = candidate_spans;
   }
   const Tiles& tiles = parameters.tiles;
+  best += kFilterByteCost * 4.0 * static_cast<double>(arguments->kept) * geometry.out_channels;
+  // Estimates err by a few percent.
   const double winograd = ThinnedConv2DWinogradCost(*arguments);
-  if (winograd >= 0 && winograd < best) return 0;
+  if (winograd >= 0 && winograd < 0.95 * best) return 0;
   const int64_t num_tiles = NumTiles(tiles);
   const Panels panels = MakePanels(geometry.out_channels);
   parameters.splits = 1;

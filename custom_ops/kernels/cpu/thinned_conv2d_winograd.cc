@@ -628,7 +628,8 @@ double Choose(const KsArguments& arguments, Parameters* parameters, Spans* spans
          candidate.row_spans * (tap_rows.terms + singles.terms) * 8 > kMostTermBytes)) {
       continue;
     }
-    const double cost = GroupCost(geometry, candidate, candidate_spans) * candidate.tiles.groups;
+    const double cost = GroupCost(geometry, candidate, candidate_spans) * candidate.tiles.groups +
+                        kFilterByteCost * static_cast<double>(FilterBytes(geometry, candidate));
     if (best >= 0 && cost >= best) continue;
     best = cost;
     *parameters = candidate;
