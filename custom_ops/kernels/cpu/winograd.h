@@ -11,9 +11,9 @@
 // channels, taps once for all tiles, sums back once for all source channels.
 //
 // The points are 0, +-3/4, +-3/2 and infinity. They balance the sizes of the products: rounding
-// errors are about 1.4 times those of a dense convolution in TensorFlow (tests/ops/forward_test.py),
-// where the customary 0, +-1, +-2 and infinity make it 2. A value that is not finite reaches all
-// results of its tile.
+// errors are about 1.4 times those of a dense convolution in TensorFlow
+// (tests/ops/forward_test.py), where the customary 0, +-1, +-2 and infinity make it 2. A value that
+// is not finite reaches all results of its tile.
 
 #ifndef KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_WINOGRAD_H_
 #define KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_WINOGRAD_H_
