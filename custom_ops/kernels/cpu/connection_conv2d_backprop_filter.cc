@@ -292,6 +292,7 @@ void DotRows(const Region& region, const float* x, const float* d, const Connect
   }
 }
 
+constexpr int64_t kWindowsTogether = 4;  // Connections between two fetches.
 constexpr int64_t kMaxColumnsOfThree = 14, kMaxColumnsOfRows = 18;
 
 template <int kColumns = kMaxColumnsOfThree>
@@ -815,11 +816,26 @@ void AddBlock(const Work& work, int64_t block, int64_t pixels, const float* x, i
   }
 }
 
-// The same by windows.
-void AddWindows(const Work& work, int64_t split, int64_t block, const float* x, const float* d) {
+// Connections of a block in a split, for windows.
+int64_t NumWindows(const Work& work, int64_t split, int64_t block) {
   const int32_t* starts = work.starts + split * work.parameters.blocks + block;
-  work.window(work.region, x, d, work.connections + starts[0], work.connections + starts[1],
-              work.accumulate, work.results);
+  return starts[1] - starts[0];
+}
+
+// The same by windows.
+void AddWindows(Work& work, int64_t split, int64_t block, const float* x, const float* d) {
+  const int64_t first = work.starts[split * work.parameters.blocks + block];
+  const int64_t last = first + NumWindows(work, split, block);
+  // Fetching comes between connections; where there is nothing to fetch, all are done at once.
+  const int64_t step =
+      work.upcoming_x.units + work.upcoming_d.units > 0 ? kWindowsTogether : Max(1, last - first);
+  for (int64_t c = first; c < last; c += step) {
+    const int64_t end = Min(last, c + step);
+    FetchDue(end - c, &work.upcoming_x);
+    FetchDue(end - c, &work.upcoming_d);
+    work.window(work.region, x, d, work.connections + c, work.connections + end, work.accumulate,
+                work.results);
+  }
 }
 
 }  // namespace
@@ -935,9 +951,8 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
   float* const d_planes = reinterpret_cast<float*>(planes_arena.at);
 
   // Tensors that the second-level cache does not hold are fetched for one pack while the last one
-  // is computed with. With several taps that was slower: planes are then read out of that cache,
-  // too.
-  const bool fetch = parameters.pointwise && !parameters.shared_planes && !parameters.outer &&
+  // is computed with.
+  const bool fetch = !parameters.shared_planes && !parameters.outer &&
                      grid.batch *
                              (grid.height * grid.width * geometry.in_channels +
                               grid.rows * grid.columns * geometry.out_channels) *
@@ -970,7 +985,8 @@ void ConnectionConv2DBackpropFilterRun(const KsArguments* arguments, const KsPla
         FetchNothing(&work.upcoming_d);
         if (fetch) {
           const bool last_block = block + 1 == parameters.blocks;
-          const int64_t steps = out_end - out_begin;
+          const int64_t steps =
+              work.window != nullptr ? NumWindows(work, split, block) : out_end - out_begin;
           const int64_t next_group = last_block ? group + 1 : group;
           if (next_group < last || (parameters.splits == 1 && item + 1 < end)) {
             const int64_t next = last_block ? 0 : c_end;

@@ -868,6 +868,7 @@ void ComputePart(Work& work, int64_t part, int64_t begin, int64_t end, const flo
           work.sum_pixels(pixel_sums, k, Min(end, k + step));
           continue;
         }
+        FetchDue(1, &work.upcoming);
         const int64_t o = order[k];
         if (k + kResultsAhead < end) {
           const int64_t next = order[k + kResultsAhead];
@@ -989,7 +990,6 @@ constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
 
 // Bytes of a result that its reader will not find in a near cache.
 constexpr int64_t kStreamFrom = 8 << 20;
-constexpr int64_t kFetchSums = 6;         // Connections of a source channel worth fetching it in.
 constexpr double kNearBytes = 400 << 10;  // Of planes and sums that stay in the L2 cache,
 constexpr double kOnceBytes = 600 << 10;  // and of planes that do not.
 constexpr int64_t kSharedGroups = 8;      // With fewer groups, threads share their planes.
@@ -1467,11 +1467,9 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
     return;
   }
   // A source that the L2 cache does not hold is fetched for one pack while the last one is computed
-  // with. With direct sums of several taps that was slower: more of them are read out of the L2
-  // cache.
-  const bool fetch_source = (p.pointwise || p.points > 0) && !p.shared_planes &&
-                            p.batch * p.height * p.width * p.channels * 4 >= kFetchFrom &&
-                            arguments.kept >= p.channels * kFetchSums;
+  // with.
+  const bool fetch_source =
+      !p.shared_planes && p.batch * p.height * p.width * p.channels * 4 > kFetchFrom;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t split = item % p.splits;
     if (item / p.splits != group) {
@@ -1493,7 +1491,8 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
         Regions regions;
         FindRegions(p, last_part ? group + 1 : group, source, &regions);
         const int64_t next = last_part ? 0 : part + 1;
-        const int64_t steps = p.out_channels * (p.points > 0 ? kPoints / p.points : 1);
+        const int64_t steps =
+            p.out_channels * (p.points > 0 ? kPoints / p.points : p.blocks_high * p.blocks_wide);
         FetchPlanes(p, regions, PartChannel(p, next), PartChannel(p, next + 1), steps,
                     &work.upcoming);
       }
