@@ -567,7 +567,8 @@ void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
           KS_UNROLL
           for (int l = 0; l < kLanes; ++l) {
             float* pixel = reinterpret_cast<float*>(pixels[l]) + channel;
-            kStream ? Stream(pixel, lanes[l]) : Store(pixel, lanes[l]);
+            // The sink stays in the cache: past it, each store would go out to memory.
+            kStream&& pixels[l] != sink_address ? Stream(pixel, lanes[l]) : Store(pixel, lanes[l]);
           }
           continue;
         }
@@ -991,7 +992,7 @@ constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
 // Bytes of a result that its reader will not find in a near cache.
 constexpr int64_t kStreamFrom = 8 << 20;
 constexpr double kNearBytes = 400 << 10;  // Of planes and sums that stay in the L2 cache,
-constexpr double kOnceBytes = 600 << 10;  // and of planes that do not.
+constexpr double kOnceBytes = 600 << 10;  // and of those that do not.
 constexpr int64_t kSharedGroups = 8;      // With fewer groups, threads share their planes.
 constexpr int64_t kSplitCycles = 40000;   // Least work on planes that are shared.
 
@@ -1035,14 +1036,17 @@ int64_t CandidateCuts(const Axis& axis, Cut* cuts) {
   return count;
 }
 
+// How far `bytes` are on their way from `begin` to `end`, 0 to 1.
+double ShareBetween(double bytes, double begin, double end) {
+  const double share = (bytes - begin) / (end - begin);
+  return share < 0 ? 0.0 : share > 1 ? 1.0 : share;
+}
+
 // Cycles to load a vector in random order: out of `near` bytes that are used for a while, of `far`
 // in all. The steps are those from the L1 to the L2 cache and beyond.
 double LoadCost(double near, double far) {
-  const auto between = [](double bytes, double begin, double end) {
-    const double share = (bytes / 1024 - begin) / (end - begin);
-    return share < 0 ? 0.0 : share > 1 ? 1.0 : share;
-  };
-  return 0.8 + between(near, 34, 104) * 1.05 + between(far, 286, 2050) * 1.86;
+  return 0.8 + ShareBetween(near / 1024, 34, 104) * 1.05 +
+         ShareBetween(far / 1024, 286, 2050) * 1.86;
 }
 
 KS_INLINE double Larger(double a, double b) { return a > b ? a : b; }
@@ -1156,10 +1160,10 @@ double ChoosePoints(int64_t kept, Parameters* p) {
     const double bytes = plane * channels * kPoints * kLanes * 4;
     const double sums_bytes =
         region * kPoints * kLanes * 4 * static_cast<double>(Min(p->out_channels, kStoredTogether));
-    const bool far = bytes + sums_bytes > kNearBytes;
+    const double far = ShareBetween(bytes + sums_bytes, kNearBytes, kOnceBytes);
     const bool wait = groups < kSharedGroups && bytes * static_cast<double>(groups) > 512.0 * 1024;
-    const double fill = (wait ? 100 : far ? 60 : 35) * plane * channels;
-    const double empty = (far ? 60 : 43) * region * results;
+    const double fill = (wait ? 100 : 35 + 17 * far) * plane * channels;
+    const double empty = (43 + 9 * far) * region * results;
     for (int64_t points = 1; points <= kPoints; ++points) {
       const int64_t sums = points * row.region;
       if (kPoints % points != 0 || row.region > kMaxPointRows || sums > kMaxPointSums) continue;
