@@ -59,12 +59,13 @@ def shrink(model):
     return shrink_counted(model)[0]
 
 
-def shrink_counted(model, inference=False):
+def shrink_counted(model, inference=False, multiple=1):
     """Shrink a model, and say how far.
 
     Args:
         model: As for `shrink`.
         inference: As for `transform`.
+        multiple: Layers whose number of outputs is a multiple of this keep one, unless they keep at most half of it.
 
     Returns:
         A pair of the new model and what the layers with kernels lost, those that lost any:
@@ -72,7 +73,7 @@ def shrink_counted(model, inference=False):
     """
     check_supported(model, "shrink it")
     graph = ChannelGraph(model)
-    removal = _Removal(graph)
+    removal = _Removal(graph, multiple)
     exchanges, removed = {}, {}
     for calls in _by_layer(graph).values():
         call = calls[0]
@@ -145,7 +146,7 @@ class _Slices:
 class _Removal:
     """Which channels of a `ChannelGraph` can go."""
 
-    def __init__(self, graph):
+    def __init__(self, graph, multiple=1):
         self._constants = _Constants(graph)
         self._classes, fixed = graph.ties()
         fixed = fixed.copy()
@@ -165,9 +166,19 @@ class _Removal:
                     gone = self._gone[channels.ids]
                     # A tensor without channels is none.
                     if gone.all() or (gone.any() and _misreads_bias(call, int((~gone).sum()))):
-                        # What comes back is read by nobody.
-                        self._gone[self._classes == self._classes[channels.ids[gone][0]]] = False
+                        self._bring_back(channels.ids[gone][0])
                         changed = True
+                if call.kind != "kernel":
+                    continue
+                ids = call.outputs[0].ids
+                kept = int((~self._gone[ids]).sum())
+                if ids.size % multiple == 0 and kept > multiple // 2 and kept % multiple:
+                    self._bring_back(ids[self._gone[ids]][0])
+                    changed = True
+
+    def _bring_back(self, channel):
+        """Keep a channel, and those it is tied to, which nobody reads."""
+        self._gone[self._classes == self._classes[channel]] = False
 
     def kept(self, channels):
         """Booleans: which of a tensor's channels are kept."""

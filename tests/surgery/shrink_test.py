@@ -8,6 +8,7 @@ from keras import layers
 import keras_sparse as ks
 from keras_sparse import granularity as granularities
 from keras_sparse import selection
+from keras_sparse.surgery.shrink import shrink_counted
 
 
 def filled(model, seed=0):
@@ -527,6 +528,41 @@ def test_lora_and_quantized_layers_stay_whole():
         small = ks.shrink(model)
         assert small.get_layer("first").units == 6
         assert_same(model, small)
+
+
+@pytest.mark.parametrize(
+    ("filters", "dead", "left"), [(48, 2, 48), (48, 17, 32), (48, 32, 16), (48, 40, 8), (40, 3, 37), (16, 1, 16)]
+)
+def test_a_multiple_of_channels_stays(filters, dead, left):
+    model = sequential(
+        layers.Conv2D(filters, 3, padding="same", name="a"),
+        layers.BatchNormalization(),
+        layers.Conv2D(5, 3, padding="same", name="b"),
+    )
+    cut(model.get_layer("b"), inputs=range(1, 1 + dead))
+    small, removed = shrink_counted(model, multiple=16)
+    assert shapes(small) == {"a": (3, left), "b": (left, 5)}
+    gone = [filters - left, filters]
+    assert removed == (
+        {"a": {"inputs": [0, 3], "outputs": gone}, "b": {"inputs": gone, "outputs": [0, 5]}} if gone[0] else {}
+    )
+    assert_same(model, small)
+
+
+def test_a_multiple_of_channels_stays_in_a_residual_stream():
+    inputs = keras.Input((8, 7, 3))
+    x = layers.Conv2D(32, 3, padding="same", name="stem")(inputs)
+    y = layers.Conv2D(32, 3, padding="same", name="branch")(x)
+    model = filled(keras.Model(inputs, layers.Conv2D(4, 1, name="head")(layers.Add()([x, y]))))
+    for name in ("branch", "head"):
+        cut(model.get_layer(name), inputs=range(3, 12))
+    assert shapes(shrink_counted(model)[0]) == {"stem": (3, 23), "branch": (23, 23), "head": (23, 4)}
+    small, removed = shrink_counted(model, multiple=4)
+    assert shapes(small) == {"stem": (3, 24), "branch": (24, 24), "head": (24, 4)} and removed["head"]["inputs"] == [
+        8,
+        32,
+    ]
+    assert_same(model, small)
 
 
 def test_outputs_keep_their_channels():
