@@ -62,9 +62,10 @@ def export(
 
     Around a layer with zeros, layers are computed together where one alone reads the other: batch normalisation
     behind it goes into its weights; a ReLU or ReLU6, the sum of a residual block and a `ZeroPadding2D` before a
-    convolution are part of its routine. They are measured together as well.
+    convolution are part of its routine, and so is a `MaxPooling2D` by squares that do not overlap. They are measured
+    together as well.
 
-    Where a layer got such a routine, each `MaxPooling2D` (float32, channels last) is measured with `"per_image"` too,
+    Where a layer got such a routine, each other `MaxPooling2D` (float32, channels last) is measured with `"per_image"`,
     TensorFlow's kernel that cuts no image up for several threads: of use in small batches. It needs no ops.
 
     `import keras_sparse` registers the ops, and so does `tf.load_op_library(ks.ops.library_path())` alone.
@@ -228,8 +229,9 @@ def _plan(model, units, poolings, candidates, routine, batch_sizes, input_shape,
         progress.add(1)
     # With no sparse routine in it the export is to be the dense one, which is what TensorFlow does by itself.
     has_sparse_routine = bool(routines)
+    pooled = {id(units[path].pooling) for path in routines}
     for path, layer in poolings.items():
-        if has_sparse_routine:
+        if has_sparse_routine and id(layer) not in pooled:
             shape = calls[path][0].input_shape
             choice, milliseconds = planner.fastest(
                 {name: build(layer) for name, build in inference.POOLINGS.items()},
@@ -257,14 +259,16 @@ def _padding(unit):
 
 
 def _convolution(unit):
-    return inference.convolution_of(unit.layer, *_weights(unit), _padding(unit), unit.activation_name or "linear")
+    return inference.convolution_of(
+        unit.layer, *_weights(unit), _padding(unit), unit.activation_name or "linear", unit.pool_size
+    )
 
 
 def _inference_layer(unit, routine):
     # In the place of the addition, where there is one: only there is the residual at hand.
     name = (unit.addition or unit.layer).name
     activation = unit.layer.activation if unit.activation_name is None else None
-    return inference.inference_layer(unit.layer, routine, name, activation, _padding(unit), unit.position)
+    return inference.inference_layer(unit.layer, routine, name, activation, _padding(unit), unit.position, unit.pooling)
 
 
 def _with_routines(model, units, routines):

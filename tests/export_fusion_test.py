@@ -37,7 +37,10 @@ def ops_of(path):
     return {name: sum(node.op == name for node in nodes) for name in {node.op for node in nodes}}
 
 
-FUSED = {"connection": "KerasSparse>FusedConnectionConv2D", "thinned": "KerasSparse>FusedThinnedConv2D"}
+FUSED = {
+    "connection": ("KerasSparse>FusedConnectionConv2D", "KerasSparse>MaxPooledConnectionConv2D"),
+    "thinned": ("KerasSparse>FusedThinnedConv2D",),
+}
 # What would be left of layers that did not become part of an op.
 LEFT = ("BiasAdd", "Relu", "Relu6", "AddV2", "Mul", "Rsqrt", "Pad", "FusedBatchNormV3")
 
@@ -60,7 +63,8 @@ def check(tmp_path, model, fused=None, left=0, backends=("op", "thinned", "compa
             np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max(), err_msg=backend)
         if backend in ("op", "thinned") and fused is not None:
             counts = ops_of(path)
-            assert counts.get(FUSED["connection" if backend == "op" else "thinned"], 0) == fused, counts
+            names = FUSED["connection" if backend == "op" else "thinned"]
+            assert sum(counts.get(name, 0) for name in names) == fused, counts
             assert sum(counts.get(name, 0) for name in LEFT) == left, counts
     return expected
 
@@ -78,6 +82,35 @@ def test_a_plain_network(tmp_path):
     x = conv(5, (1, 1), activation="relu", strides=2)(x)
     x = L.ReLU()(L.BatchNormalization()(ks.layers.SparseDense(8)(L.Flatten()(x))))
     check(tmp_path, keras.Model(inputs, ks.layers.SparseDense(3, activation="softmax")(x)), fused=5)
+
+
+def test_pooling_is_part_of_the_op(tmp_path):
+    inputs = keras.Input((16, 12, 4))
+    x = L.MaxPooling2D()(L.ReLU()(L.BatchNormalization()(conv(17)(inputs))))
+    x = L.MaxPooling2D(2)(L.Dropout(0.1)(conv(5, activation="relu6")(x)))
+    x = L.MaxPooling2D(3)(L.ZeroPadding2D(1)(conv(6, 1)(x)))  # not next to its convolution
+    check(tmp_path, keras.Model(inputs, x), fused=3, left=1, backends=("op",))
+    counts = ops_of(tmp_path / "op")
+    assert counts["KerasSparse>MaxPooledConnectionConv2D"] == 2 and counts["MaxPool"] == 1
+    check(tmp_path, keras.Model(inputs, x))
+    counts = ops_of(tmp_path / "thinned")
+    assert counts["KerasSparse>FusedThinnedConv2D"] == 3 and counts["MaxPool"] == 3
+
+
+def test_pooling_of_channels_first(tmp_path):
+    inputs = keras.Input((4, 12, 8))
+    x = conv(17, data_format="channels_first", activation="relu")(inputs)
+    x = conv(5, data_format="channels_first")(L.MaxPooling2D(data_format="channels_first")(x))
+    model = randomized(keras.Model(inputs, L.MaxPooling2D(3, data_format="channels_first")(x)))
+    ks.export(model, tmp_path / "op", "op", routine="connection", verbose=False)
+    x = np.random.default_rng(3).standard_normal((2, 4, 12, 8)).astype("float32")
+    # TensorFlow has no convolution of channels first on CPUs: the same model of channels last says what comes out.
+    inputs = keras.Input((12, 8, 4))
+    y = L.MaxPooling2D()(conv(17, activation="relu")(inputs))
+    twin = keras.Model(inputs, L.MaxPooling2D(3)(conv(5)(y)))
+    twin.set_weights(model.get_weights())
+    expected = np.transpose(twin.predict(np.transpose(x, (0, 2, 3, 1)), verbose=0), (0, 3, 1, 2))
+    np.testing.assert_allclose(ks.load(tmp_path / "op")(x), expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_sequential_network_with_a_sequential_block(tmp_path):

@@ -143,7 +143,8 @@ def network_with_pools():
     """Poolings of all kinds: plain, overlapping, shared, nested, and some that are to be left alone."""
     pools = keras.layers.MaxPooling2D
     inputs = keras.Input((13, 12, 4))
-    x = pools(name="plain")(ks.layers.SparseConv2D(8, 3, name="conv")(inputs))
+    x = ks.layers.SparseConv2D(8, 3, name="conv")(inputs)
+    x = pools(name="plain")(keras.layers.Activation("elu")(x))  # between them, so that it is no part of the convolution
     shared = pools((2, 3), strides=(1, 1), padding="same", name="shared")
     block = keras.Sequential([keras.Input((5, 5, 8)), pools(3, 2, padding="same", name="inner")], name="block")
     x = block(shared(shared(x)))

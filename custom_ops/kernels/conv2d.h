@@ -15,6 +15,9 @@
 //
 //   output = activation(convolution + bias + residual)
 //
+// and that of a connection table, without a residual, may go on to keep the largest of each square
+// of pixels (see `pool`).
+//
 // A caller fills KsArguments, asks ks_select() for a routine and its plan, provides the memory the
 // plan asks for, and runs the stages of the plan one after another:
 //
@@ -89,6 +92,12 @@ typedef struct KsArguments {
   const float* bias;      // [out_channels], or null for none.
   const float* residual;  // Shaped as the output, or null for none.
   KsActivation activation;
+  // KS_CONNECTION_CONV2D without a residual only; 0 or 1 for none. The output is then max pooling
+  // of the convolution's by squares of pool x pool pixels, [batch, out_height / pool,
+  // out_width / pool, out_channels]: rows and columns that fill no square are left out. The
+  // largest sum is found first, from the lowest finite number on, and finished after that: the
+  // same, as bias and activation keep the order, but that a square of NaN alone gives no NaN.
+  int64_t pool;
 } KsArguments;
 
 enum { KS_MAX_STAGES = 4, KS_PLAN_PARAMETERS = 64 };
@@ -136,7 +145,9 @@ typedef struct KsRoutine {
 
 typedef enum KsStatus {
   KS_OK = 0,
-  KS_BAD_SIZE = 1,            // A size is negative, or a stride, dilation or kernel size below 1.
+  // A size is negative, or a stride, dilation or kernel size below 1, or `pool` is where it may not
+  // be.
+  KS_BAD_SIZE = 1,
   KS_BAD_ROW_SPLITS = 2,      // Entry `position` breaks the rules of row_splits.
   KS_BAD_INPUT_CHANNELS = 3,  // Entry `position` is out of range or does not increase in its row.
   KS_BAD_INDICES = 4,         // Entry `position` is out of range or does not increase.
@@ -150,6 +161,10 @@ KsStatus ks_check_arguments(const KsArguments* arguments, int64_t* position);
 // The routine for these arguments: the first one of the best instruction set that takes them. Never
 // null: the scalar reference takes everything.
 const KsRoutine* ks_select(const KsArguments* arguments, KsPlan* plan);
+
+// Max pooling by squares of arguments->pool: `image` is image n of a convolution's output, as
+// KsArguments describes it; writes image n of arguments->output. For what no routine pools itself.
+void ks_max_pool(const KsArguments* arguments, const float* image, int64_t n);
 
 // All routines this machine can run, best instruction set first, the reference last. Entry i of
 // ks_num_routines(); for tests and benchmarks.

@@ -6,6 +6,8 @@
 
 #include <string.h>
 
+#include <limits>
+
 #include "custom_ops/kernels/cpu/routines.h"
 
 namespace ks {
@@ -62,23 +64,38 @@ void ForEachWeight(const KsArguments& a, int64_t first, int64_t last, const Visi
   }
 }
 
-void Forward(const KsArguments& a, int64_t n) {
-  const KsGeometry& g = a.geometry;
-  const int64_t size = g.out_height * g.out_width * g.out_channels;
-  if (size > 0) memset(a.output + n * size, 0, size * sizeof(float));
-  ForEachWeight(a, 0, a.kept, [&](int64_t w, int64_t i, int64_t j, int64_t s, int64_t o) {
-    ForEachPair(g, n, i, j, [&](int64_t in, int64_t out) {
-      a.output[out * g.out_channels + o] += a.filter[w] * a.input[in * g.in_channels + s];
-    });
-  });
-  for (int64_t e = n * size; e < (n + 1) * size; ++e) {
+// Adds bias and residual and activates values [begin, end) of the output.
+void Finish(const KsArguments& a, int64_t begin, int64_t end) {
+  for (int64_t e = begin; e < end; ++e) {
     float value = a.output[e];
-    if (a.bias != nullptr) value += a.bias[e % g.out_channels];
+    if (a.bias != nullptr) value += a.bias[e % a.geometry.out_channels];
     if (a.residual != nullptr) value += a.residual[e];
     if (a.activation != KS_LINEAR && value < 0) value = 0;  // NaN stays.
     if (a.activation == KS_RELU6 && value > 6) value = 6;
     a.output[e] = value;
   }
+}
+
+// `sums` is an image of sums where they are pooled, and not used otherwise.
+void Forward(const KsArguments& a, int64_t n, float* sums) {
+  const KsGeometry& g = a.geometry;
+  const int64_t pixels = g.out_height * g.out_width;
+  const int64_t size = pixels * g.out_channels;
+  if (a.pool <= 1) sums = a.output + n * size;
+  if (size > 0) memset(sums, 0, size * sizeof(float));
+  ForEachWeight(a, 0, a.kept, [&](int64_t w, int64_t i, int64_t j, int64_t s, int64_t o) {
+    ForEachPair(g, n, i, j, [&](int64_t in, int64_t out) {
+      sums[(out - n * pixels) * g.out_channels + o] +=
+          a.filter[w] * a.input[in * g.in_channels + s];
+    });
+  });
+  if (a.pool <= 1) {
+    Finish(a, n * size, (n + 1) * size);
+    return;
+  }
+  ks_max_pool(&a, sums, n);
+  const int64_t pooled = g.out_height / a.pool * (g.out_width / a.pool) * g.out_channels;
+  Finish(a, n * pooled, (n + 1) * pooled);
 }
 
 void BackpropInput(const KsArguments& a, int64_t n) {
@@ -124,11 +141,15 @@ int Plan(const KsArguments* arguments, KsPlan* plan) {
   plan->stages[0].items =
       IsBackpropFilter(arguments->operation) ? arguments->kept : arguments->geometry.batch;
   plan->stages[0].cost = 1000000;
+  const KsGeometry& g = arguments->geometry;
+  if (arguments->pool > 1) {
+    plan->scratch_bytes = g.out_height * g.out_width * g.out_channels * int64_t{sizeof(float)};
+  }
   return 1;
 }
 
 void Run(const KsArguments* arguments, const KsPlan*, int32_t, int64_t begin, int64_t end,
-         const KsMemory*) {
+         const KsMemory* memory) {
   if (IsBackpropFilter(arguments->operation)) {
     BackpropFilter(*arguments, begin, end);
     return;
@@ -137,10 +158,30 @@ void Run(const KsArguments* arguments, const KsPlan*, int32_t, int64_t begin, in
     if (IsBackpropInput(arguments->operation)) {
       BackpropInput(*arguments, n);
     } else {
-      Forward(*arguments, n);
+      Forward(*arguments, n, static_cast<float*>(memory->scratch));
     }
   }
 }
 
 }  // namespace reference
 }  // namespace ks
+
+void ks_max_pool(const KsArguments* arguments, const float* image, int64_t n) {
+  const KsGeometry& g = arguments->geometry;
+  const int64_t pool = arguments->pool, channels = g.out_channels;
+  const int64_t rows = g.out_height / pool, columns = g.out_width / pool;
+  float* output = arguments->output + n * rows * columns * channels;
+  for (int64_t y = 0; y < rows; ++y) {
+    for (int64_t x = 0; x < columns; ++x, output += channels) {
+      for (int64_t o = 0; o < channels; ++o) output[o] = std::numeric_limits<float>::lowest();
+      for (int64_t i = 0; i < pool; ++i) {
+        for (int64_t j = 0; j < pool; ++j) {
+          const float* pixel = image + ((y * pool + i) * g.out_width + x * pool + j) * channels;
+          for (int64_t o = 0; o < channels; ++o) {
+            output[o] = pixel[o] > output[o] ? pixel[o] : output[o];
+          }
+        }
+      }
+    }
+  }
+}

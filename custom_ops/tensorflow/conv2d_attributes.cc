@@ -97,6 +97,13 @@ absl::Status CheckEpilogue(int64_t num_bias, int64_t num_residual, const std::st
   return absl::OkStatus();
 }
 
+absl::Status CheckPoolSize(int64_t pool_size) {
+  if (pool_size < 1 || pool_size > kMaxAttribute) {
+    return InvalidArgument("pool_size must be between 1 and 2^31 - 1, received ", pool_size);
+  }
+  return absl::OkStatus();
+}
+
 absl::Status OutputSize(const Conv2DAttributes& attributes, int axis, int64_t input_size,
                         int64_t kernel_size, int64_t* output_size, int64_t* pad_before) {
   const char* name = axis == 0 ? "height" : "width";

@@ -68,15 +68,19 @@ absl::Status CheckEpilogue(int64_t num_bias, int64_t num_residual, const std::st
                            EpilogueAttributes* attributes);
 
 template <typename Context>
-absl::Status ReadEpilogue(Context* context, EpilogueAttributes* attributes) {
-  int64_t num_bias, num_residual;
+absl::Status ReadEpilogue(Context* context, bool may_have_residual,
+                          EpilogueAttributes* attributes) {
+  int64_t num_bias, num_residual = 0;
   std::string activation;
   absl::Status status = context->GetAttr("num_bias", &num_bias);
-  if (status.ok()) status = context->GetAttr("num_residual", &num_residual);
+  if (status.ok() && may_have_residual) status = context->GetAttr("num_residual", &num_residual);
   if (status.ok()) status = context->GetAttr("activation", &activation);
   if (status.ok()) status = CheckEpilogue(num_bias, num_residual, activation, attributes);
   return status;
 }
+
+// Of an op that pools.
+absl::Status CheckPoolSize(int64_t pool_size);
 
 // The output size along an axis (0 height, 1 width), and the padding before the first pixel.
 absl::Status OutputSize(const Conv2DAttributes& attributes, int axis, int64_t input_size,

@@ -20,6 +20,7 @@
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/framework/tensor_shape.h"
 #include "tensorflow/core/platform/threadpool.h"
+#include "tensorflow/core/util/work_sharder.h"
 
 namespace keras_sparse {
 namespace {
@@ -128,6 +129,7 @@ struct Prepared {
   std::vector<Tensor> table;
   KsPlan plan;
   const KsRoutine* routine;
+  bool pools_apart;  // The plan does not pool, although the arguments say so.
   Block block;
 };
 
@@ -135,7 +137,8 @@ bool SamePlan(const KsArguments& a, const KsArguments& b) {
   return memcmp(&a.geometry, &b.geometry, sizeof(a.geometry)) == 0 && a.kept == b.kept &&
          a.row_splits == b.row_splits && a.input_channels == b.input_channels &&
          a.indices == b.indices && (a.bias == nullptr) == (b.bias == nullptr) &&
-         (a.residual == nullptr) == (b.residual == nullptr) && a.activation == b.activation;
+         (a.residual == nullptr) == (b.residual == nullptr) && a.activation == b.activation &&
+         a.pool == b.pool;
 }
 
 // What was prepared from a filter, likewise.
@@ -246,13 +249,31 @@ absl::Status TableError(KsStatus status, const KsArguments& arguments, int64_t p
       " output channels");
 }
 
-// kFused: with a bias, a residual and an activation.
-template <KsOperation kOperation, bool kFused = false>
+// Max pooling of the output of a convolution.
+void PoolImages(OpKernelContext* context, const KsArguments& arguments, const float* whole) {
+  const KsGeometry& g = arguments.geometry;
+  const int64_t size = g.out_height * g.out_width * g.out_channels;
+  const auto* workers = context->device()->tensorflow_cpu_worker_threads();
+  tensorflow::Shard(workers->num_threads, workers->workers, g.batch, std::max<int64_t>(1, size),
+                    [&](int64_t begin, int64_t end) {
+                      for (int64_t n = begin; n < end; ++n) {
+                        ks_max_pool(&arguments, whole + n * size, n);
+                      }
+                    });
+}
+
+// kFused: with a bias, a residual and an activation. kPooled: with max pooling instead of the
+// residual.
+template <KsOperation kOperation, bool kFused = false, bool kPooled = false>
 class Conv2DOp : public OpKernel {
  public:
   explicit Conv2DOp(OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, ReadAttributes(context, kHasKernelSize, &attributes_));
-    if (kFused) OP_REQUIRES_OK(context, ReadEpilogue(context, &epilogue_));
+    if (kFused) OP_REQUIRES_OK(context, ReadEpilogue(context, !kPooled, &epilogue_));
+    if (kPooled) {
+      OP_REQUIRES_OK(context, context->GetAttr("pool_size", &pool_size_));
+      OP_REQUIRES_OK(context, CheckPoolSize(pool_size_));
+    }
   }
 
   void Compute(OpKernelContext* context) override { OP_REQUIRES_OK(context, Run(context)); }
@@ -303,6 +324,7 @@ class Conv2DOp : public OpKernel {
       if (epilogue_.num_residual > 0) status = ReadResidual(context->input(next++), &arguments);
       if (!status.ok()) return status;
       arguments.activation = epilogue_.activation;
+      arguments.pool = pool_size_;
     }
 
     std::shared_ptr<const Prepared> prepared;
@@ -318,8 +340,8 @@ class Conv2DOp : public OpKernel {
 
     TensorShape shape;
     if (kForward) {
-      status = TensorShape::BuildTensorShape({g.batch, g.out_height, g.out_width, g.out_channels},
-                                             &shape);
+      status = TensorShape::BuildTensorShape(
+          {g.batch, g.out_height / pool_size_, g.out_width / pool_size_, g.out_channels}, &shape);
     } else if (kBackpropInput) {
       status =
           TensorShape::BuildTensorShape({g.batch, g.in_height, g.in_width, g.in_channels}, &shape);
@@ -344,7 +366,7 @@ class Conv2DOp : public OpKernel {
     if (prepared == nullptr) {
       fresh = std::make_shared<Prepared>();
       fresh->arguments = arguments;
-      fresh->routine = ks_select(&arguments, &fresh->plan);
+      Choose(arguments, fresh.get());
       fresh->block = Block(fresh->plan.table_bytes);
       const int first = kBackpropFilter ? 1 : 2;  // Of the table among the inputs.
       for (int i = first; i < first + (kTable ? 2 : 1); ++i) {
@@ -352,6 +374,40 @@ class Conv2DOp : public OpKernel {
       }
       prepared = fresh;
     }
+    if (!kPooled || !prepared->pools_apart) {
+      return RunPlan(context, arguments, filter, prepared, fresh != nullptr);
+    }
+    const KsGeometry& g = arguments.geometry;
+    TensorShape shape;
+    absl::Status status =
+        TensorShape::BuildTensorShape({g.batch, g.out_height, g.out_width, g.out_channels}, &shape);
+    Tensor whole;
+    if (status.ok()) status = context->allocate_temp(tensorflow::DT_FLOAT, shape, &whole);
+    if (!status.ok()) return status;
+    KsArguments apart = arguments;
+    apart.pool = 0;
+    apart.output = whole.flat<float>().data();
+    status = RunPlan(context, apart, filter, prepared, fresh != nullptr);
+    if (!status.ok()) return status;
+    PoolImages(context, arguments, apart.output);
+    return absl::OkStatus();
+  }
+
+  // The routine and its plan. Where only the reference pools, the best one convolves, and pooling
+  // comes after that.
+  static void Choose(const KsArguments& arguments, Prepared* prepared) {
+    prepared->routine = ks_select(&arguments, &prepared->plan);
+    prepared->pools_apart = false;
+    if (arguments.pool <= 1 || strcmp(prepared->routine->isa, ks_isa()) == 0) return;
+    KsArguments apart = arguments;
+    apart.pool = 0;
+    prepared->routine = ks_select(&apart, &prepared->plan);
+    prepared->pools_apart = true;
+  }
+
+  // `fresh`: the table has not been prepared yet.
+  absl::Status RunPlan(OpKernelContext* context, const KsArguments& arguments, const Tensor* filter,
+                       const std::shared_ptr<const Prepared>& prepared, bool fresh) {
     const KsPlan& plan = prepared->plan;
     const StageRunner runner(context, arguments, plan, prepared->routine);
     PooledBlock shared(plan.shared_bytes), scratch(runner.scratch_bytes());
@@ -362,7 +418,7 @@ class Conv2DOp : public OpKernel {
         (runner.scratch_bytes() > 0 && memory.scratch == nullptr)) {
       return OutOfMemory(bytes);
     }
-    if (fresh != nullptr) {
+    if (fresh) {
       runner.Run(KS_PREPARES_TABLE, memory);
       std::lock_guard<std::mutex> lock(mutex_);
       prepared_ = prepared;
@@ -537,6 +593,7 @@ class Conv2DOp : public OpKernel {
 
   Conv2DAttributes attributes_;
   EpilogueAttributes epilogue_ = {};
+  int64_t pool_size_ = 1;
 
   // From the call before. A constant table, or one that changes now and then, is prepared once; a
   // filter as well, until it has changed kMostChanges times in a row: holding on to weights that
@@ -553,6 +610,7 @@ class Conv2DOp : public OpKernel {
 
 KS_REGISTER_KERNEL("ConnectionConv2D", KS_CONNECTION_CONV2D);
 KS_REGISTER_KERNEL("FusedConnectionConv2D", KS_CONNECTION_CONV2D, true);
+KS_REGISTER_KERNEL("MaxPooledConnectionConv2D", KS_CONNECTION_CONV2D, true, true);
 KS_REGISTER_KERNEL("ConnectionConv2DBackpropInput", KS_CONNECTION_CONV2D_BACKPROP_INPUT);
 KS_REGISTER_KERNEL("ConnectionConv2DBackpropFilter", KS_CONNECTION_CONV2D_BACKPROP_FILTER);
 KS_REGISTER_KERNEL("ThinnedConv2D", KS_THINNED_CONV2D);

@@ -68,13 +68,14 @@ absl::Status TableChannels(InferenceContext* c, ShapeHandle row_splits, Dimensio
 struct Inputs {
   int input, input_sizes, filter, row_splits, input_channels, indices, out_backprop;
   int epilogue;  // The first of what the fused ops take beside.
+  bool pool;     // Whether max pooling follows: then there is no residual.
 };
 
 // Checks the inputs of an epilogue, the first of which is input `next`, against the output of the
 // convolution, and sharpens that with what they tell of it.
-absl::Status InferEpilogue(InferenceContext* c, int next, ShapeHandle* output) {
+absl::Status InferEpilogue(InferenceContext* c, int next, bool pool, ShapeHandle* output) {
   EpilogueAttributes attributes;
-  KS_RETURN_IF_ERROR(ReadEpilogue(c, &attributes));
+  KS_RETURN_IF_ERROR(ReadEpilogue(c, !pool, &attributes));
   if (attributes.num_bias > 0) {
     ShapeHandle bias;
     DimensionHandle channels;
@@ -93,6 +94,20 @@ absl::Status InferEpilogue(InferenceContext* c, int next, ShapeHandle* output) {
                              c->DebugString(c->input(next)));
     }
     *output = residual;
+  }
+  return absl::OkStatus();
+}
+
+// Shrinks the output of a convolution to that of pooling by squares.
+absl::Status InferPool(InferenceContext* c, ShapeHandle* output) {
+  int64_t pool_size;
+  KS_RETURN_IF_ERROR(c->GetAttr("pool_size", &pool_size));
+  KS_RETURN_IF_ERROR(CheckPoolSize(pool_size));
+  for (int axis = 1; axis <= 2; ++axis) {
+    const DimensionHandle size = c->Dim(*output, axis);
+    if (!c->ValueKnown(size)) continue;
+    KS_RETURN_IF_ERROR(
+        c->ReplaceDim(*output, axis, c->MakeDim(c->Value(size) / pool_size), output));
   }
   return absl::OkStatus();
 }
@@ -166,7 +181,8 @@ absl::Status InferShape(InferenceContext* c, const Inputs& at) {
 
   if (at.out_backprop < 0) {
     ShapeHandle output = c->MakeShape({c->Dim(input, 0), out_size[0], out_size[1], out_channels});
-    if (at.epilogue >= 0) KS_RETURN_IF_ERROR(InferEpilogue(c, at.epilogue, &output));
+    if (at.epilogue >= 0) KS_RETURN_IF_ERROR(InferEpilogue(c, at.epilogue, at.pool, &output));
+    if (at.pool) KS_RETURN_IF_ERROR(InferPool(c, &output));
     c->set_output(0, output);
     return absl::OkStatus();
   }
@@ -196,10 +212,10 @@ absl::Status InferShape(InferenceContext* c, const Inputs& at) {
 }
 
 template <int kInput, int kInputSizes, int kFilter, int kRowSplits, int kInputChannels,
-          int kIndices, int kOutBackprop, int kEpilogue = -1>
+          int kIndices, int kOutBackprop, int kEpilogue = -1, bool kPool = false>
 absl::Status InferShapeWith(InferenceContext* c) {
   return InferShape(c, {kInput, kInputSizes, kFilter, kRowSplits, kInputChannels, kIndices,
-                        kOutBackprop, kEpilogue});
+                        kOutBackprop, kEpilogue, kPool});
 }
 
 #define KS_COMMON_ATTRIBUTES                          \
@@ -248,6 +264,26 @@ activation(KerasSparse>ConnectionConv2D + bias + residual), in one pass.
 
 bias: At most one, [out_channels].
 residual: At most one, shaped as the output.
+)doc");
+
+REGISTER_OP("KerasSparse>MaxPooledConnectionConv2D")
+    .Input("input: float")
+    .Input("filter: float")
+    .Input("row_splits: int32")
+    .Input("input_channels: int32")
+    .Input("bias: num_bias * float")
+    .Output("output: float")
+    .Attr("num_bias: int >= 0 = 0")
+    .Attr("activation: {'linear', 'relu', 'relu6'} = 'linear'")
+    .Attr("pool_size: int >= 1")
+    .KS_COMMON_ATTRIBUTES.SetShapeFn(InferShapeWith<0, -1, 1, 2, 3, -1, -1, 4, true>)
+    .Doc(R"doc(
+Max pooling of activation(KerasSparse>ConnectionConv2D + bias), in one pass.
+
+bias: At most one, [out_channels].
+output: [batch, out_height / pool_size, out_width / pool_size, out_channels].
+pool_size: Height and width of the squares of pixels whose largest value is kept. Rows and columns
+  at the end that fill no square are left out.
 )doc");
 
 REGISTER_OP("KerasSparse>ConnectionConv2DBackpropInput")

@@ -501,9 +501,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (kind != 1) a.input = input.data();
   if (kind != 2) a.filter = filter.data();
   if (kind != 0) a.out_backprop = out_backprop.data();
-  const size_t result_size = kind == 0   ? out_backprop.size()
-                             : kind == 1 ? input.size()
-                                         : filter.size();
+  size_t result_size = kind == 0 ? out_backprop.size() : kind == 1 ? input.size() : filter.size();
+  if (a.operation == KS_CONNECTION_CONV2D && bytes.UpTo(2) == 0) {
+    a.pool = 1 + bytes.UpTo(2);
+    result_size = Product({g.batch, g.out_height / a.pool, g.out_width / a.pool, g.out_channels});
+    report.Check(ks_check_arguments(&a, &position) == KS_OK, "ks_check_arguments refuses pooling");
+    report.text += ", pool " + std::to_string(a.pool);
+  }
   CheckRoutines(&report, a, result_size, offset, &random);
   return 0;
 }

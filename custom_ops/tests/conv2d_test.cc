@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <random>
 #include <string>
 #include <thread>
@@ -148,6 +149,12 @@ class Problem {
     arguments_.bias = bias ? bias_.data() : nullptr;
     arguments_.residual = residual ? residual_.data() : nullptr;
     arguments_.activation = activation;
+  }
+  // For the forward operation of tables, after SetEpilogue().
+  void SetPool(int64_t pool) {
+    const KsGeometry& g = arguments_.geometry;
+    arguments_.pool = pool;
+    result_size_ = g.batch * (g.out_height / pool) * (g.out_width / pool) * g.out_channels;
   }
   void SetInput(float value) { std::fill(input_.begin(), input_.end(), value); }
 
@@ -688,6 +695,123 @@ TEST(Routines, Epilogue) {
       }
     }
   }
+}
+
+// Max pooling behind bias and activation: regions and tiles that end with the image and before it,
+// blocks of several sizes, kernels on their side, sums in parts, results past the caches.
+TEST(Routines, Pool) {
+  std::vector<Case> cases = {
+      Same({2, 8, 8, 16, 16, 3, 3}),    Same({3, 32, 32, 16, 37, 3, 3}),
+      Same({2, 14, 14, 33, 19, 3, 3}),  Same({5, 4, 4, 64, 83, 3, 3}),
+      Same({2, 10, 26, 300, 37, 3, 3}), {2, 12, 14, 5, 7, 3, 3},
+      Same({3, 18, 20, 6, 33, 5, 5}),   Same({2, 12, 22, 4, 17, 1, 7}),
+      Same({2, 22, 12, 4, 17, 7, 1}),   Same({2, 2, 2, 20, 18, 3, 3}),
+      Same({2, 44, 46, 17, 6, 3, 3}),   Same({65, 32, 32, 2, 128, 3, 3}),
+  };
+  cases.push_back(cases[1]);
+  cases.back().density = 0;
+  cases.push_back(cases[2]);
+  cases.back().density = 1;
+  std::map<std::string, int> runs_of;
+  for (const Case& each : cases) {
+    SCOPED_TRACE(Describe(each));
+    for (int choice = 0; choice < 6; ++choice) {
+      if (each.batch > 60 && choice != 3) continue;  // Large.
+      Problem problem(KS_CONNECTION_CONV2D, each);
+      problem.SetEpilogue(choice & 1, false, static_cast<KsActivation>(choice / 2));
+      problem.SetPool(2);
+      int runs = 0;
+      CheckProblem(problem, &runs);
+      EXPECT_GT(runs, 0);
+      for (int32_t i = 0; i < ks_num_routines(); ++i) {
+        KsPlan plan;
+        if (ks_routine(i)->operation != KS_CONNECTION_CONV2D) continue;
+        runs_of[ks_routine(i)->name] += ks_routine(i)->plan(&problem.arguments(), &plan);
+      }
+    }
+  }
+  EXPECT_GT(runs_of["ConnectionConv2DRegions"], 0);
+  EXPECT_GT(runs_of["ConnectionConv2DWinograd"], 0);
+  // Only the reference pools images of odd sizes, and by other squares.
+  for (int64_t pool : {2, 3}) {
+    Problem problem(KS_CONNECTION_CONV2D, Same({2, 9, 8, 5, 6, 3, 3}));
+    problem.SetPool(pool);
+    KsPlan plan;
+    EXPECT_STREQ(ks_select(&problem.arguments(), &plan)->isa, "reference");
+    std::vector<float> result;
+    ASSERT_TRUE(problem.Run(ks_select(&problem.arguments(), &plan), 0, &result));
+    for (float value : result) ASSERT_FALSE(std::isnan(value));
+  }
+}
+
+// The reference itself: of its convolution's output, the largest of each square.
+TEST(Routines, PoolOfReference) {
+  const KsRoutine* reference = ks_routine(ks_num_routines() - 1);
+  for (int32_t i = 0; i < ks_num_routines(); ++i) {
+    if (ks_routine(i)->operation == KS_CONNECTION_CONV2D) reference = ks_routine(i);
+  }
+  ASSERT_STREQ(reference->isa, "reference");
+  for (int64_t pool : {1, 2, 3, 5}) {
+    Problem problem(KS_CONNECTION_CONV2D, Same({2, 9, 13, 5, 6, 3, 3}));
+    problem.SetEpilogue(true, false, KS_RELU6);
+    std::vector<float> whole, pooled;
+    ASSERT_TRUE(problem.Run(reference, 0, &whole));
+    problem.SetPool(pool);
+    ASSERT_TRUE(problem.Run(reference, 0, &pooled));
+    const int64_t rows = 9 / pool, columns = 13 / pool;
+    for (int64_t e = 0; e < static_cast<int64_t>(pooled.size()); ++e) {
+      const int64_t o = e % 6, x = e / 6 % columns, y = e / 6 / columns % rows;
+      const int64_t n = e / 6 / columns / rows;
+      float largest = 0;
+      for (int64_t i = 0; i < pool * pool; ++i) {
+        const int64_t row = y * pool + i / pool, column = x * pool + i % pool;
+        largest = std::max(largest, whole[((n * 9 + row) * 13 + column) * 6 + o]);
+      }
+      ASSERT_EQ(pooled[e], largest) << "pool " << pool << ", element " << e;
+    }
+  }
+}
+
+// A NaN is no maximum, and where there is nothing else the lowest finite number is.
+TEST(Routines, PoolPassesOverNan) {
+  for (KsActivation activation : {KS_LINEAR, KS_RELU}) {
+    Problem problem(KS_CONNECTION_CONV2D,
+                    Same({2, 8, 16, 17, 19, 3, 3, 1, 1, 1, 1, 0, 0, 0, 0, 1.0}));
+    problem.SetEpilogue(false, false, activation);
+    problem.SetInput(std::numeric_limits<float>::quiet_NaN());
+    problem.SetPool(2);
+    int runs = 0;
+    for (int32_t i = 0; i < ks_num_routines(); ++i) {
+      std::vector<float> result;
+      if (ks_routine(i)->operation != KS_CONNECTION_CONV2D ||
+          !problem.Run(ks_routine(i), 0, &result)) {
+        continue;
+      }
+      ++runs;
+      const float expected = activation == KS_RELU ? 0.0f : std::numeric_limits<float>::lowest();
+      for (float value : result) ASSERT_EQ(value, expected) << ks_routine(i)->name;
+    }
+    EXPECT_GT(runs, 1);
+  }
+}
+
+TEST(Routines, PoolIsChecked) {
+  Problem problem(KS_CONNECTION_CONV2D, Same({2, 9, 8, 5, 6, 3, 3}));
+  KsArguments arguments = problem.arguments();
+  int64_t position;
+  arguments.pool = 3;
+  EXPECT_EQ(ks_check_arguments(&arguments, &position), KS_OK);
+  arguments.pool = -1;
+  EXPECT_EQ(ks_check_arguments(&arguments, &position), KS_BAD_SIZE);
+  arguments.pool = 2;
+  arguments.residual = arguments.input;
+  EXPECT_EQ(ks_check_arguments(&arguments, &position), KS_BAD_SIZE);
+  Problem thinned(KS_THINNED_CONV2D, Same({2, 9, 8, 5, 6, 3, 3}));
+  arguments = thinned.arguments();
+  arguments.pool = 1;
+  EXPECT_EQ(ks_check_arguments(&arguments, &position), KS_OK);
+  arguments.pool = 2;
+  EXPECT_EQ(ks_check_arguments(&arguments, &position), KS_BAD_SIZE);
 }
 
 TEST(Routines, EpilogueKeepsNan) {

@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 
-def convolution_of(layer, kernel, bias, padding=None, activation="linear"):
+def convolution_of(layer, kernel, bias, padding=None, activation="linear", pool_size=1):
     """Return the `Convolution` that a Conv2D or Dense layer, sparse or plain, computes, in NHWC.
 
     Args:
@@ -25,6 +25,7 @@ def convolution_of(layer, kernel, bias, padding=None, activation="linear"):
         bias: The same, or `None`.
         padding: Pixels `((top, bottom), (left, right))` of zeros that a layer without padding is to add itself.
         activation: `"linear"`, `"relu"` or `"relu6"`, to follow.
+        pool_size: Side of the squares of a max pooling behind that.
     """
     if isinstance(layer, keras.layers.Dense):
         return Convolution(kernel[None, None], is_dense_layer=True, bias=bias, activation=activation)
@@ -36,10 +37,11 @@ def convolution_of(layer, kernel, bias, padding=None, activation="linear"):
         groups=layer.groups,
         bias=bias,
         activation=activation,
+        pool_size=pool_size,
     )
 
 
-def inference_layer(layer, routine, name=None, activation=None, padding=None, position=0):
+def inference_layer(layer, routine, name=None, activation=None, padding=None, position=0, pooling=None):
     """Return the unbuilt layer that computes what `layer` and those around it compute, by `routine`.
 
     Args:
@@ -49,15 +51,16 @@ def inference_layer(layer, routine, name=None, activation=None, padding=None, po
         activation: A function to follow the routine, where the routine has none.
         padding: As in `convolution_of`.
         position: Where the layer's own input is, should it be called with a list of that and a residual.
+        pooling: The `MaxPooling2D` that the routine computes as well, or `None`.
     """
     cls = InferenceDense if isinstance(layer, keras.layers.Dense) else InferenceConv2D
-    return cls(layer, routine, name or layer.name, activation, padding, position)
+    return cls(layer, routine, name or layer.name, activation, padding, position, pooling)
 
 
 class _Inference(keras.layers.Layer):
     """A routine in the place of a layer. Lives only while a model is exported."""
 
-    def __init__(self, layer, routine, name, activation, padding, position):
+    def __init__(self, layer, routine, name, activation, padding, position, pooling):
         super().__init__(name=name, dtype=layer.dtype_policy, trainable=False)
         self._routine = routine
         self._activation = activation
@@ -65,6 +68,7 @@ class _Inference(keras.layers.Layer):
         self._position = position
         self._data_format = getattr(layer, "data_format", None)
         self._output_shape_of = layer.compute_output_shape
+        self._pooled_shape_of = (lambda shape: shape) if pooling is None else pooling.compute_output_shape
         self.supports_jit = False
 
     def compute_output_shape(self, input_shape):
@@ -74,7 +78,7 @@ class _Inference(keras.layers.Layer):
         for pads, axis in zip(self._padding, (2, 3) if self._data_format == "channels_first" else (1, 2)):
             if sum(pads) and shape[axis] is not None:
                 shape[axis] += sum(pads)
-        return self._output_shape_of(tuple(shape))
+        return self._pooled_shape_of(self._output_shape_of(tuple(shape)))
 
     def call(self, inputs, **unused):
         inputs, residual = inputs if isinstance(inputs, (list, tuple)) else (inputs, None)

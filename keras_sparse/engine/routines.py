@@ -25,6 +25,7 @@ class Convolution:
         is_dense_layer: Whether this stands for a dense layer, whose dense routine is a matrix product.
         bias: Vector, or `None`.
         activation: `"linear"`, `"relu"` or `"relu6"`.
+        pool_size: Side of the squares that max pooling takes the largest value of in the end, 1 for no pooling.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class Convolution:
         is_dense_layer=False,
         bias=None,
         activation="linear",
+        pool_size=1,
     ):
+        self.pool_size = pool_size
         self.bias = None if bias is None else np.asarray(bias, "float32")
         self.activation = activation
         self.kernel = np.asarray(kernel, "float32")
@@ -62,7 +65,10 @@ class Convolution:
             product = tf.nn.bias_add(product, tf.constant(self.bias, product.dtype))
         if residual is not None:
             product = product + residual
-        return {"linear": tf.identity, "relu": tf.nn.relu, "relu6": tf.nn.relu6}[self.activation](product)
+        return self.pool({"linear": tf.identity, "relu": tf.nn.relu, "relu6": tf.nn.relu6}[self.activation](product))
+
+    def pool(self, outputs):
+        return outputs if self.pool_size == 1 else tf.nn.max_pool2d(outputs, self.pool_size, self.pool_size, "VALID")
 
     def convolve(self, inputs, kernel):
         """TensorFlow's convolution with a kernel over some of the channels."""
@@ -110,6 +116,7 @@ def _connection(convolution):
             tf.constant(table.input_channels),
             **convolution.options,
             **convolution.fused(residual, inputs.dtype),
+            pool_size=convolution.pool_size,
         )
 
     return _Routine(compute, table.nbytes)
@@ -121,7 +128,7 @@ def _thinned(convolution):
     thinned = packing.thinned_filter(convolution.kernel)
 
     def compute(inputs, residual):
-        return ops.thinned_conv2d(
+        outputs = ops.thinned_conv2d(
             inputs,
             tf.constant(thinned.filter, inputs.dtype),
             tf.constant(thinned.indices),
@@ -129,6 +136,7 @@ def _thinned(convolution):
             **convolution.options,
             **convolution.fused(residual, inputs.dtype),
         )
+        return convolution.pool(outputs)
 
     return _Routine(compute, thinned.nbytes)
 

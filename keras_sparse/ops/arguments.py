@@ -190,6 +190,17 @@ def epilogue(bias, residual, activation, inputs, kernel_size, out_channels, attr
     return Epilogue(bias, residual, activation)
 
 
+def pool_size(value, residual):
+    """Returns the side of the squares of a max pooling, 1 for none."""
+    if not _is_integer(value):
+        raise TypeError(f"`pool_size` must be an integer, received {value!r}")
+    if not 1 <= value <= _INT_MAX:
+        raise ValueError(f"`pool_size` must be between 1 and 2**31 - 1, received {value!r}")
+    if value > 1 and residual is not None:
+        raise ValueError(f"`pool_size` must be 1 where there is a `residual`, received {value!r}")
+    return int(value)
+
+
 def static_values(tensor):
     """The values of a tensor as a NumPy array if they are known, else None."""
     return tf.get_static_value(tensor)

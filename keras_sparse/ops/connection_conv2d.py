@@ -19,6 +19,7 @@ def connection_conv2d(
     bias=None,
     residual=None,
     activation=None,
+    pool_size=1,
 ):
     """2D convolution over a connection table.
 
@@ -56,9 +57,12 @@ def connection_conv2d(
             block.
         activation: `None` (or `"linear"`), `"relu"` or `"relu6"`, applied last. With any of these three
             the result is `activation(convolution + bias + residual)`, computed in the same pass.
+        pool_size: Integer. Above 1, without a `residual`, max pooling follows in the same pass: the largest value
+            of each square of `pool_size x pool_size` pixels, as `keras.layers.MaxPooling2D(pool_size)` finds it.
 
     Returns:
-        Tensor of shape `(batch, out_height, out_width, out_channels)` and of the dtype of `inputs`.
+        Tensor of shape `(batch, out_height // pool_size, out_width // pool_size, out_channels)` and of the dtype of
+        `inputs`.
         Differentiable, to any order, with respect to `inputs`, `filter`, `bias` and
         `residual`.
 
@@ -88,6 +92,7 @@ def connection_conv2d(
     arguments.check_table(row_splits, input_channels, arguments.size(inputs, 3))
 
     epilogue = arguments.epilogue(bias, residual, activation, inputs, kernel_size, out_channels, attributes)
+    pool_size = arguments.pool_size(pool_size, residual)
 
     ops = library.load()
     if ops is None:
@@ -102,10 +107,16 @@ def connection_conv2d(
             bias=epilogue.bias,
             residual=epilogue.residual,
             activation=epilogue.activation,
+            pool_size=pool_size,
         )
     operands = (tf.cast(inputs, tf.float32), tf.cast(filter, tf.float32), row_splits, input_channels)
     options = attributes.op_attributes()
-    if epilogue.is_needed:
+    if pool_size > 1:
+        bias, _ = epilogue.op_inputs()
+        outputs = ops.keras_sparse_max_pooled_connection_conv2d(
+            *operands, bias, activation=epilogue.activation, pool_size=pool_size, **options
+        )
+    elif epilogue.is_needed:
         outputs = ops.keras_sparse_fused_connection_conv2d(
             *operands, *epilogue.op_inputs(), activation=epilogue.activation, **options
         )

@@ -55,13 +55,13 @@ def _connection_conv2d(op, gradient):
     )
 
 
-def _before_activation(op, gradient):
-    """The gradient of a fused op with respect to `convolution + bias + residual`."""
+def _before_activation(op, gradient, outputs):
+    """The gradient of a fused op with respect to `convolution + bias + residual`; `outputs` are those activated."""
     activation = tf.compat.as_str(op.get_attr("activation"))
     if activation == "relu":
-        return tf.raw_ops.ReluGrad(gradients=gradient, features=op.outputs[0])
+        return tf.raw_ops.ReluGrad(gradients=gradient, features=outputs)
     if activation == "relu6":
-        return tf.raw_ops.Relu6Grad(gradients=gradient, features=op.outputs[0])
+        return tf.raw_ops.Relu6Grad(gradients=gradient, features=outputs)
     return gradient
 
 
@@ -75,10 +75,29 @@ def _fused(of_convolution):
     """The gradient of a fused op, given that of its convolution."""
 
     def of_fused(op, gradient):
-        gradient = _before_activation(op, gradient)
+        gradient = _before_activation(op, gradient, op.outputs[0])
         return *of_convolution(op, gradient), *_epilogue_gradients(op, gradient)
 
     return of_fused
+
+
+def _max_pooled_connection_conv2d(op, gradient):
+    # What was pooled is computed again: keeping it is what the op is there to spare.
+    size = op.get_attr("pool_size")
+    whole = library.load().keras_sparse_fused_connection_conv2d(
+        *op.inputs[:4],
+        list(op.inputs[4:]),
+        [],
+        activation=tf.compat.as_str(op.get_attr("activation")),
+        **_attributes(op),
+    )
+    square = (1, size, size, 1)
+    gradient = tf.raw_ops.MaxPoolGrad(
+        orig_input=whole, orig_output=op.outputs[0], grad=gradient, ksize=square, strides=square, padding="VALID"
+    )
+    gradient = _before_activation(op, gradient, whole)
+    bias = [tf.reduce_sum(gradient, (0, 1, 2))] * op.get_attr("num_bias")
+    return *_connection_conv2d(op, gradient), *bias
 
 
 def _connection_conv2d_backprop_input(op, gradient):
@@ -158,6 +177,7 @@ def register():
     for name, function in (
         ("ConnectionConv2D", _connection_conv2d),
         ("FusedConnectionConv2D", _fused(_connection_conv2d)),
+        ("MaxPooledConnectionConv2D", _max_pooled_connection_conv2d),
         ("ConnectionConv2DBackpropInput", _connection_conv2d_backprop_input),
         ("ConnectionConv2DBackpropFilter", _connection_conv2d_backprop_filter),
         ("ThinnedConv2D", _thinned_conv2d),

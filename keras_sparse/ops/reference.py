@@ -109,6 +109,7 @@ def connection_conv2d(
     bias=None,
     residual=None,
     activation=None,
+    pool_size=1,
 ):
     """`keras_sparse.ops.connection_conv2d` by way of the dense kernel."""
     inputs, filter = ops.convert_to_tensor(inputs), ops.convert_to_tensor(filter)
@@ -116,7 +117,10 @@ def connection_conv2d(
     input_channels = ops.convert_to_tensor(input_channels, "int32")
     kernel = connection_kernel(ops.cast(filter, "float32"), row_splits, input_channels, inputs.shape[-1])
     outputs = _conv2d(ops.cast(inputs, "float32"), kernel, strides, padding, dilation_rate)
-    return ops.cast(_finish(outputs, bias, residual, activation), inputs.dtype)
+    outputs = _finish(outputs, bias, residual, activation)
+    if pool_size > 1:
+        outputs = ops.max_pool(outputs, pool_size, padding="valid", data_format="channels_last")
+    return ops.cast(outputs, inputs.dtype)
 
 
 def thinned_conv2d(

@@ -31,7 +31,7 @@ _INERT = (
 class Unit:
     """A Conv2D or Dense layer and the layers around it that one computation can stand for.
 
-    `activation(normalization(layer(padding(x))) + residual)`, any part of which may be missing.
+    `pooling(activation(normalization(layer(padding(x))) + residual))`, any part of which may be missing.
 
     Attributes:
         layer: The convolution or dense layer.
@@ -40,6 +40,7 @@ class Unit:
         addition: An `Add` of the layer's output and another tensor, the residual, or `None`.
         position: Which input of `addition` comes from the layer, 0 or 1.
         activation: A layer that applies ReLU or ReLU6, or `None`.
+        pooling: A `MaxPooling2D` by squares that do not overlap, or `None`. Not behind an addition.
     """
 
     layer: keras.Layer
@@ -48,17 +49,23 @@ class Unit:
     addition: keras.Layer | None = None
     position: int = 0
     activation: keras.Layer | None = None
+    pooling: keras.Layer | None = None
 
     @property
     def absorbed(self):
         """All of its layers but `layer`."""
-        parts = (self.padding, self.normalization, self.addition, self.activation)
+        parts = (self.padding, self.normalization, self.addition, self.activation, self.pooling)
         return [part for part in parts if part is not None]
 
     @property
     def activation_name(self):
         """`"linear"`, `"relu"` or `"relu6"`; `None` where `layer` has an activation of another kind."""
         return activation_name(self.layer if self.activation is None else self.activation)
+
+    @property
+    def pool_size(self):
+        """The side of the squares of `pooling`; 1 where there is none."""
+        return 1 if self.pooling is None else self.pooling.pool_size[0]
 
 
 def activation_name(layer):
@@ -114,7 +121,8 @@ def find_units(model, layers):
             unit = units.get(id(node.operation))
             if unit is not None and calls[id(unit.layer)] == 1 and _is_plain(node, inputs=1):
                 _absorb_padding(graph, node, unit, calls, taken)
-                _absorb_followers(graph, node, unit, calls, taken)
+                last = _absorb_followers(graph, node, unit, calls, taken)
+                _absorb_pooling(graph, last, unit, calls, taken)
     return units
 
 
@@ -176,40 +184,71 @@ def _absorb_padding(graph, node, unit, calls, taken):
         taken.add(id(padding))
 
 
-def _absorb_followers(graph, node, unit, calls, taken):
+def _absorb_followers(graph, last, unit, calls, taken):
+    """Absorb normalization, addition and activation; return the node that makes what the unit then computes."""
     layer = unit.layer
     while unit.activation_name == "linear":
-        tensor = node.outputs[0]
+        tensor = last.outputs[0]
         node = graph.only_reader(tensor)
         if node is None:
-            return
+            return last
         follower = node.operation
         if type(follower) in _INERT:
-            if not _is_plain(node, 1) or follower.compute_dtype != layer.compute_dtype:
-                return
+            if not _is_inert(node, layer):
+                return last
+            last = node
             continue
         if not _may_absorb(node, 2 if type(follower) is keras.layers.Add else 1, layer, calls, taken):
-            return
+            return last
         if type(follower) is keras.layers.BatchNormalization:
             channel_axis = 1 if getattr(layer, "data_format", "") == "channels_first" else len(tensor.shape) - 1
             if unit.normalization or unit.addition or follower.axis % len(tensor.shape) != channel_axis:
-                return
+                return last
             unit.normalization = follower
         elif type(follower) is keras.layers.Add:
             residual = [other for other in node.arguments.keras_tensors if other is not tensor]
             # An unknown size might be broadcast.
             alike = len(residual) == 1 and residual[0].shape == tensor.shape and residual[0].dtype == tensor.dtype
             if unit.addition or not alike or None in tensor.shape[1:]:
-                return
+                return last
             unit.addition = follower
             unit.position = next(i for i, other in enumerate(node.arguments.keras_tensors) if other is tensor)
         elif type(follower) in (keras.layers.Activation, keras.layers.ReLU):
             if activation_name(follower) in (None, "linear"):
-                return
+                return last
             unit.activation = follower
         else:
-            return
+            return last
         taken.add(id(follower))
+        last = node
+    return last
+
+
+def _absorb_pooling(graph, last, unit, calls, taken):
+    layer = unit.layer
+    if not isinstance(layer, keras.layers.Conv2D) or unit.addition is not None or unit.activation_name is None:
+        return
+    node = graph.only_reader(last.outputs[0])
+    while node is not None and type(node.operation) in _INERT and _is_inert(node, layer):
+        last = node
+        node = graph.only_reader(last.outputs[0])
+    if node is None or not _may_absorb(node, 1, layer, calls, taken):
+        return
+    pooling = node.operation
+    if type(pooling) is not keras.layers.MaxPooling2D or pooling.data_format != layer.data_format:
+        return
+    size = pooling.pool_size[0]
+    if tuple(pooling.pool_size) != (size, size) or tuple(pooling.strides) != (size, size):
+        return
+    image = last.outputs[0].shape[2:] if layer.data_format == "channels_first" else last.outputs[0].shape[1:3]
+    if pooling.padding != "valid" and any(axis is None or axis % size for axis in image):
+        return  # squares beyond the edge
+    unit.pooling = pooling
+    taken.add(id(pooling))
+
+
+def _is_inert(node, layer):
+    return _is_plain(node, 1) and node.operation.compute_dtype == layer.compute_dtype
 
 
 def _may_absorb(node, inputs, layer, calls, taken):

@@ -3,6 +3,7 @@
 """Bias, residual and activation: outputs and gradients of the fused ops, and of the reference."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import oracle
@@ -61,6 +62,108 @@ def test_outputs(path, op, case):
         b, r = bias if with_bias else None, residual if with_residual else None
         actual = function(inputs, filter, bias=b, residual=r, activation=activation)
         oracle.assert_close(actual, finish(product, b, r, activation), kernel.size // kernel.shape[-1])
+
+
+def pooled(outputs, size):
+    """The largest of each square; rows and columns at the end that fill no square are left out."""
+    batch, height, width, channels = outputs.shape
+    whole = np.asarray(outputs)[:, : height // size * size, : width // size * size]
+    return whole.reshape(batch, height // size, size, width // size, size, channels).max(axis=(2, 4))
+
+
+# (batch, height, width, in_channels, out_channels, kernel, strides, padding), density, pool size
+POOLED = [
+    ((2, 8, 12, 17, 35, (3, 3), (1, 1), "same"), 0.1, 2),
+    ((3, 32, 32, 16, 16, (3, 3), (1, 1), "same"), 0.5, 2),
+    ((2, 14, 10, 64, 33, (3, 3), (1, 1), ((1, 1), (1, 1))), 0.9, 2),
+    ((2, 12, 12, 6, 7, (5, 5), (1, 1), "valid"), 1.0, 2),
+    ((2, 8, 22, 4, 9, (7, 1), (1, 1), "same"), 0.5, 2),
+    ((2, 9, 11, 17, 35, (3, 3), (1, 1), "same"), 0.5, 2),  # of an odd size
+    ((2, 9, 12, 5, 19, (1, 1), (1, 1), "valid"), 0.5, 3),
+    ((2, 15, 13, 5, 19, (3, 3), (2, 2), "same"), 0.5, 2),
+    ((5, 2, 2, 70, 33, (3, 3), (1, 1), "same"), 0.3, 2),
+    ((2, 3, 3, 5, 6, (3, 3), (1, 1), "same"), 0.0, 2),
+]
+
+
+@pytest.mark.parametrize("case", range(len(POOLED)))
+@pytest.mark.parametrize("path", ["op", "reference"])
+def test_pooled_outputs(path, case):
+    (batch, height, width, ci, co, kernel_size, strides, padding), density, pool_size = POOLED[case]
+    generator = oracle.rng(32, case)
+    inputs = generator.standard_normal((batch, height, width, ci)).astype(np.float32)
+    kernel, *table = oracle.connection_table(generator, density, kernel_size, ci, co)
+    bias = generator.normal(1, 3, co).astype(np.float32)
+    function = (ops if path == "op" else ops.reference).connection_conv2d
+    product = oracle.conv2d(inputs, kernel, strides, padding)
+    for with_bias, _, activation in CHOICES[::2]:
+        b = bias if with_bias else None
+        actual = function(
+            inputs, *table, strides=strides, padding=padding, bias=b, activation=activation, pool_size=pool_size
+        )
+        oracle.assert_close(actual, pooled(finish(product, b, None, activation), pool_size), kernel.size // co)
+
+
+def test_images_smaller_than_a_square_leave_nothing():
+    (inputs, _, filter, bias, _), convolve = problem("connection")
+    assert convolve(ops)(inputs, filter, bias=bias, pool_size=10).shape == (2, 0, 1, 19)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+@pytest.mark.parametrize(("case", "pool_size"), [(0, 2), (1, 3), (2, 1), (3, 2)])
+def test_pooled_gradients(case, pool_size, activation):
+    (inputs, _, filter, bias, _), convolve = problem("connection", case)
+    functions = [partial(convolve(module), pool_size=pool_size) for module in (ops, ops.reference)]
+    for more in ({}, {"bias": bias}):
+        actual, expected = (gradients_of(function, inputs, filter, activation, **more) for function in functions)
+        for a, b in zip(actual, expected, strict=True):
+            size = max(1.0, float(tf.reduce_max(tf.abs(b))))
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * size)
+
+
+def test_pooling_in_graphs_of_unknown_shapes():
+    (inputs, kernel, filter, bias, _), convolve = problem("connection")
+
+    @tf.function(input_signature=[tf.TensorSpec([None] * 4), tf.TensorSpec([None])])
+    def graph(x, b):
+        outputs = convolve(ops)(x, filter, bias=b, activation="relu", pool_size=2)
+        return outputs, tf.gradients(outputs, [x, b])
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 9, None, 5])])
+    def half_known(x):
+        outputs = convolve(ops)(x, filter, pool_size=2)
+        assert outputs.shape.as_list() == [None, 4, None, 19]
+        return outputs
+
+    outputs, gradients = graph(inputs, bias)
+    product = oracle.conv2d(inputs, kernel, padding="same")
+    oracle.assert_close(outputs, pooled(finish(product, bias, None, "relu"), 2), 45)
+    assert [g.shape for g in gradients] == [inputs.shape, bias.shape]
+    oracle.assert_close(half_known(inputs), pooled(product, 2), 45)
+    # The plan is made for one pool size and batch; another batch plans again.
+    oracle.assert_close(half_known(inputs[:1]), pooled(product[:1], 2), 45)
+
+
+def test_pooling_is_the_same_at_any_number_of_threads_and_as_apart():
+    (inputs, _, filter, bias, _), convolve = problem("connection", 1)
+    whole = convolve(ops)(inputs, filter, bias=bias, activation="relu")
+    # No routine pools one tap itself: the same convolution, and then the largest of its values.
+    apart = convolve(ops)(inputs, filter, bias=bias, activation="relu", pool_size=3)
+    np.testing.assert_array_equal(apart, tf.nn.max_pool2d(whole, 3, 3, "VALID"))
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "options"),
+    [
+        (TypeError, "`pool_size` must be an integer, received 2.0", {"pool_size": 2.0}),
+        (ValueError, r"`pool_size` must be between 1 and 2\*\*31 - 1, received 0", {"pool_size": 0}),
+        (ValueError, "`pool_size` must be 1 where there is a `residual`, received 2", {"pool_size": 2, "residual": 0}),
+    ],
+)
+def test_wrong_pool_sizes(error, match, options):
+    (inputs, _, filter, _, residual), convolve = problem("connection")
+    with pytest.raises(error, match=match):
+        convolve(ops)(inputs, filter, **{**options, **({"residual": residual} if "residual" in options else {})})
 
 
 @pytest.mark.parametrize("op", OPS)

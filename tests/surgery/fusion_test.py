@@ -23,7 +23,7 @@ def units_of(inputs, outputs):
 
 def parts(unit):
     """Return which parts a unit has, for short."""
-    names = ("padding", "normalization", "addition", "activation")
+    names = ("padding", "normalization", "addition", "activation", "pooling")
     return [name for name in names if getattr(unit, name) is not None]
 
 
@@ -112,6 +112,51 @@ def test_sums_that_are_no_residual(image):
     assert parts(units_of(image, L.Add()([conv(activation="relu")(image), image]))[0]) == []
     unknown = keras.Input((None, None, 4))  # one of the two might be broadcast
     assert parts(units_of(unknown, L.Add()([conv()(unknown), unknown]))[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("pooling", "size"),
+    [
+        (lambda: L.MaxPooling2D(), 2),
+        (lambda: L.MaxPooling2D(3), 3),
+        (lambda: L.MaxPooling2D(2, padding="same"), 2),
+        (lambda: L.MaxPooling2D(3, padding="same"), 1),  # 8 rows: the last square reaches over the edge
+        (lambda: L.MaxPooling2D(3, strides=2), 1),
+        (lambda: L.MaxPooling2D((2, 3)), 1),
+        (lambda: L.AveragePooling2D(2), 1),
+        (lambda: L.GlobalMaxPooling2D(), 1),
+        (lambda: L.MaxPooling2D(data_format="channels_first"), 1),
+        (lambda: L.MaxPooling2D(dtype="float16"), 1),
+    ],
+)
+def test_pooling(image, pooling, size):
+    for x in (conv()(image), conv(activation="relu")(image), L.Dropout(0.5)(L.ReLU()(conv()(image)))):
+        (unit,) = units_of(image, pooling()(x))
+        assert (unit.pooling is not None) == (size > 1) and unit.pool_size == size
+
+
+def test_pooling_comes_last_and_once(image):
+    (unit,) = units_of(image, L.MaxPooling2D()(L.MaxPooling2D()(L.ReLU()(L.BatchNormalization()(conv()(image))))))
+    assert parts(unit) == ["normalization", "activation", "pooling"]
+    (unit,) = units_of(image, L.BatchNormalization()(L.MaxPooling2D()(conv()(image))))
+    assert parts(unit) == ["pooling"]
+
+
+def test_poolings_that_stay(image):
+    assert parts(units_of(image, L.MaxPooling2D()(L.ReLU()(L.Add()([conv()(image), image]))))[0]) == [
+        "addition",
+        "activation",
+    ]
+    assert parts(units_of(image, L.MaxPooling2D()(conv(activation="elu")(image)))[0]) == []
+    assert parts(units_of(image, L.MaxPooling2D()(L.Dense(3)(image)))[0]) == []
+    x = L.ReLU()(conv()(image))
+    assert parts(units_of(image, [x, L.MaxPooling2D()(x)])[0]) == ["activation"]
+    shared = L.MaxPooling2D()
+    first, second = units_of(image, L.Add()([shared(conv()(image)), shared(conv()(image))]))
+    assert parts(first) == parts(second) == []
+    unknown = keras.Input((None, None, 4))
+    assert parts(units_of(unknown, L.MaxPooling2D(padding="same")(conv()(unknown)))[0]) == []
+    assert parts(units_of(unknown, L.MaxPooling2D()(conv()(unknown)))[0]) == ["pooling"]
 
 
 def test_two_readers_and_outputs_in_the_middle(image):

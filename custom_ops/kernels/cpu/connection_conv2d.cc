@@ -455,6 +455,7 @@ bool TooManyTaps(const KsGeometry& geometry) {
 int ConnectionConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   const KsGeometry& geometry = arguments->geometry;
   if (TooManyTaps(geometry) || geometry.stride_width > kMaxPhases) return 0;
+  if (arguments->pool > 1) return 0;
   Parameters parameters = {};
   parameters.grid = ForwardGrid(geometry);
   parameters.result = {geometry.out_height, geometry.out_width, geometry.out_channels, 1, 1, 0, 0};

@@ -43,8 +43,10 @@ struct Parameters {
   int64_t batch, height, width, channels;  // Of the source.
   int64_t source_image;                    // Floats from one image of it to the next,
   int64_t source_row, source_column;       // from one row, column of a region to the next.
-  int64_t rows, columns, out_channels;     // Of the result.
-  int64_t result_row, result_column;
+  int64_t rows, columns, out_channels;     // Of the sums.
+  // Sums whose largest is a result: squares of pool x pool; 1 or 2, whole squares in a block.
+  int64_t pool;
+  int64_t result_row, result_column;  // Floats from one row, column of the result to the next.
   int64_t kernel_height, kernel_width;
   int64_t pad_top, pad_left;
   // 1: one tap on one long row of pixels. The lanes are then neighbouring pixels, the columns of a
@@ -53,7 +55,7 @@ struct Parameters {
   int64_t pointwise;  // 1: one tap,
   int64_t paired;     // 1: by pairs of result channels.
 
-  int64_t region_rows, region_columns;  // Result pixels of a region.
+  int64_t region_rows, region_columns;  // Sums of a region.
   int64_t regions_high, regions_wide;   // Of an image.
   int64_t groups;
   int64_t origin_row, origin_column;  // Source pixel at (0, 0) of a plane, seen from the region.
@@ -392,10 +394,10 @@ void FindRegions(const Parameters& p, int64_t group, const float* source, Region
     regions->row_end[l] = used ? Min(p.plane_rows, p.height - y) : 0;
     regions->column_begin[l] = Max(0, -x);
     regions->column_end[l] = Min(p.plane_columns, p.width - x);
-    regions->result[l] =
-        image * p.rows * p.columns * p.out_channels + row * p.result_row + column * p.result_column;
-    regions->rows[l] = used ? Min(p.region_rows, p.rows - row) : 0;
-    regions->columns[l] = Min(p.region_columns, p.columns - column);
+    regions->result[l] = image * (p.rows / p.pool) * (p.columns / p.pool) * p.out_channels +
+                         row / p.pool * p.result_row + column / p.pool * p.result_column;
+    regions->rows[l] = used ? Min(p.region_rows, p.rows - row) / p.pool : 0;
+    regions->columns[l] = Min(p.region_columns, p.columns - column) / p.pool;
   }
 }
 
@@ -532,18 +534,25 @@ KS_INLINE void FetchPixels(const Parameters& p, const Regions& regions, int64_t 
   }
 }
 
-// Stores the sums of a block of rows x columns pixels from (first_row, first_column) of the regions
-// on: those of result channel begin + i are at sums + i * stride. Pixels outside the images go to
-// `sink`, as long as a pixel. kStream: past the caches. kFinish: with the epilogue.
-template <bool kStream, bool kFinish>
+constexpr float kLowest = -__FLT_MAX__;  // What the largest of sums starts from.
+
+// The largest of two sums, and `a` where `b` is NaN.
+KS_INLINE Vec Larger(Vec a, Vec b) { return b > a ? b : a; }
+
+// Stores the sums of a block of rows x columns pixels of the result from (first_row, first_column)
+// of the regions on: those of result channel begin + i are at sums + i * stride, kPool * kPool for
+// a pixel. Pixels outside the images go to `sink`, as long as a pixel. kStream: past the caches.
+// kFinish: with the epilogue.
+template <bool kStream, bool kFinish, int kPool>
 void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
                 int64_t first_column, int64_t rows, int64_t columns, int64_t begin, int64_t end,
                 const float* sums, int64_t stride, const Epilogue& epilogue, float* sink,
                 float* output) {
   const intptr_t sink_address = reinterpret_cast<intptr_t>(sink);
   const intptr_t residual = reinterpret_cast<intptr_t>(epilogue.residual);
-  for (int64_t r = first_row; r < first_row + rows; ++r) {
-    for (int64_t c = first_column; c < first_column + columns; ++c, sums += kLanes) {
+  const int64_t sums_row = columns * kPool * kLanes;
+  for (int64_t r = first_row; r < first_row + rows; ++r, sums += (kPool - 1) * sums_row) {
+    for (int64_t c = first_column; c < first_column + columns; ++c, sums += kPool * kLanes) {
       const intptr_t target =
           reinterpret_cast<intptr_t>(output) + 4 * (r * p.result_row + c * p.result_column);
       const intptr_t source = residual + 4 * (r * p.result_row + c * p.result_column);
@@ -558,7 +567,16 @@ void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
       for (int64_t channel = begin; channel < end; channel += kLanes, from += kLanes * stride) {
         Vec lanes[kLanes];
         KS_UNROLL
-        for (int l = 0; l < kLanes; ++l) lanes[l] = Load(from + l * stride);
+        for (int l = 0; l < kLanes; ++l) {
+          lanes[l] = Load(from + l * stride);
+          if (kPool == 1) continue;
+          lanes[l] = Larger(Splat(kLowest), lanes[l]);
+          KS_UNROLL
+          for (int i = 1; i < kPool * kPool; ++i) {
+            const float* sum = from + l * stride + i / kPool * sums_row + i % kPool * kLanes;
+            lanes[l] = Larger(lanes[l], Load(sum));
+          }
+        }
         Transpose(lanes);
         if (kFinish) {
           FinishPixels(epilogue, channel, Min(kLanes, end - channel), residuals, lanes);
@@ -795,11 +813,12 @@ class UpcomingResults {
   int64_t fetched_ = 0, due_ = 0;  // due_: times steps_.
 };
 
-// The function that stores this work's results.
+// The function that stores this work's results, of kPool * kPool sums each.
+template <int kPool>
 StoreFunction FindStore(const Work& work) {
   const bool finish = work.epilogue.used;
-  return work.stream ? (finish ? StoreBlock<true, true> : StoreBlock<true, false>)
-                     : (finish ? StoreBlock<false, true> : StoreBlock<false, false>);
+  return work.stream ? (finish ? StoreBlock<true, true, kPool> : StoreBlock<true, false, kPool>)
+                     : (finish ? StoreBlock<false, true, kPool> : StoreBlock<false, false, kPool>);
 }
 
 // Fills the planes of source channels [begin, end) of work.regions.
@@ -809,6 +828,15 @@ void PackPart(const Work& work, int64_t begin, int64_t end, float* planes) {
   } else {
     PackPlanes(work.p, work.regions, begin, end, work.zeros, planes);
   }
+}
+
+// Blocks of a region's `size` rows or columns begin here, on whole squares of the pooling,
+KS_INLINE int64_t BlockBegin(const Parameters& p, int64_t size, int64_t blocks, int64_t i) {
+  return PartBegin(size / p.pool, blocks, i) * p.pool;
+}
+// and have as many of them or p.pool more.
+KS_INLINE int64_t LeastOfBlock(const Parameters& p, int64_t size, int64_t blocks) {
+  return size / p.pool / blocks * p.pool;
 }
 
 // Adds one part of the source channels to result channels [begin, end); stores them after the last.
@@ -835,14 +863,14 @@ void ComputePart(Work& work, int64_t part, int64_t begin, int64_t end, const flo
   planes -= PartChannel(p, part) * p.plane_size;  // Where channel 0 would be.
   float* sums = work.sums;
   for (int64_t i = 0; i < p.blocks_high; ++i) {
-    const int64_t row = PartBegin(p.region_rows, p.blocks_high, i);
-    const int64_t rows = PartBegin(p.region_rows, p.blocks_high, i + 1) - row;
+    const int64_t row = BlockBegin(p, p.region_rows, p.blocks_high, i);
+    const int64_t rows = BlockBegin(p, p.region_rows, p.blocks_high, i + 1) - row;
     const int64_t window_row = row - p.pad_top - p.origin_row;
     block.row_begin = Max(0, -window_row);
     block.row_end = Min(rows + p.kernel_height - 1, p.plane_rows - window_row);
     for (int64_t j = 0; j < p.blocks_wide; ++j) {
-      const int64_t column = PartBegin(p.region_columns, p.blocks_wide, j);
-      const int64_t columns = PartBegin(p.region_columns, p.blocks_wide, j + 1) - column;
+      const int64_t column = BlockBegin(p, p.region_columns, p.blocks_wide, j);
+      const int64_t columns = BlockBegin(p, p.region_columns, p.blocks_wide, j + 1) - column;
       const int64_t window_column = column - p.pad_left - p.origin_column;
       block.column_begin = Max(0, -window_column);
       block.column_end = Min(columns + p.kernel_width - 1, p.plane_columns - window_column);
@@ -850,12 +878,14 @@ void ComputePart(Work& work, int64_t part, int64_t begin, int64_t end, const flo
       const bool edge = block.row_begin > 0 || block.row_end < rows + p.kernel_height - 1 ||
                         block.column_begin > 0 || block.column_end < columns + p.kernel_width - 1;
       const BlockFunction function =
-          p.pointwise ? nullptr
-                      : work.functions[rows - p.region_rows / p.blocks_high]
-                                      [columns - p.region_columns / p.blocks_wide][edge];
+          p.pointwise
+              ? nullptr
+              : work.functions[rows > LeastOfBlock(p, p.region_rows, p.blocks_high)]
+                              [columns > LeastOfBlock(p, p.region_columns, p.blocks_wide)][edge];
       // What is stored to and added at the end, a little before each result channel.
       const bool last_part = part == p.parts - 1;
-      UpcomingResults results(work, row, column, rows, columns, begin, end, end - begin);
+      UpcomingResults results(work, row / p.pool, column / p.pool, rows / p.pool, columns / p.pool,
+                              begin, end, end - begin);
       const bool fetches = last_part && results.any();
       // With one tap several channels at a time, all of them where nothing is fetched.
       int64_t step = !p.pointwise ? 1 : fetches ? 4 : end - begin;
@@ -882,8 +912,9 @@ void ComputePart(Work& work, int64_t part, int64_t begin, int64_t end, const flo
         if (block.connections > 0 || !block.accumulate) function(block);
       }
       if (last_part) {
-        FindStore(work)(p, work.regions, row, column, rows, columns, begin, end, sums,
-                        p.tile_stride, work.epilogue, work.sink, work.output);
+        const StoreFunction store = p.pool == 2 ? FindStore<2>(work) : FindStore<1>(work);
+        store(p, work.regions, row / p.pool, column / p.pool, rows / p.pool, columns / p.pool,
+              begin, end, sums, p.tile_stride, work.epilogue, work.sink, work.output);
       }
       if (p.parts > 1) sums += rows * columns * kLanes;
     }
@@ -927,25 +958,43 @@ void LayPoints(const Parameters& p, const Table& table, const float* filter, con
 constexpr int64_t kResultRow = (kTileColumns | 1) * kLanes;
 constexpr int64_t kStoredTogether = 4 * kLanes;  // Result channels.
 
+// A row of a tile from its sums in the points, which are `rows` vectors apart.
+KS_INLINE void SumsOfRow(const float* from, int64_t rows, Vec (&results)[kTileColumns]) {
+  Vec sums[kPoints];
+  KS_UNROLL
+  for (int t = 0; t < kPoints; ++t) sums[t] = Load(from + t * rows * kLanes);
+  TransformSums(sums, results);
+}
+
 // Stores what the sums of result channels [begin, end) are in pixels.
 void StorePoints(const Work& work, int64_t begin, int64_t end) {
   const Parameters& p = work.p;
-  const StoreFunction store = FindStore(work);
+  const StoreFunction store = FindStore<1>(work);
   for (int64_t first = begin; first < end; first += kStoredTogether) {
     const int64_t last = Min(end, first + kStoredTogether);
-    for (int64_t r = 0; r < p.region_rows; ++r) {
+    for (int64_t r = 0; r < p.region_rows; r += p.pool) {
       const float* from = work.sums + (first - begin) * p.tile_stride + r * kLanes;
       float* to = work.row;
       for (int64_t o = first; o < last; ++o, from += p.tile_stride, to += kResultRow) {
-        Vec sums[kPoints], results[kTileColumns];
-        KS_UNROLL
-        for (int t = 0; t < kPoints; ++t) sums[t] = Load(from + t * p.region_rows * kLanes);
-        TransformSums(sums, results);
+        Vec results[kTileColumns];
+        SumsOfRow(from, p.region_rows, results);
+        if (p.pool == 2) {
+          Vec below[kTileColumns];
+          SumsOfRow(from + kLanes, p.region_rows, below);
+          KS_UNROLL
+          for (int c = 0; c < kTileColumns; ++c) {
+            results[c] = Larger(Larger(Splat(kLowest), results[c]), below[c]);
+          }
+          KS_UNROLL
+          for (int c = 0; c < kTileColumns / 2; ++c) {
+            results[c] = Larger(results[2 * c], results[2 * c + 1]);
+          }
+        }
         KS_UNROLL
         for (int c = 0; c < kTileColumns; ++c) Store(to + c * kLanes, results[c]);
       }
-      store(p, work.regions, r, 0, 1, kTileColumns, first, last, work.row, kResultRow,
-            work.epilogue, work.sink, work.output);
+      store(p, work.regions, r / p.pool, 0, 1, kTileColumns / p.pool, first, last, work.row,
+            kResultRow, work.epilogue, work.sink, work.output);
     }
   }
 }
@@ -964,7 +1013,7 @@ void ComputePoints(Work& work, int64_t begin, int64_t end, const float* planes) 
   block.row_end = Min(p.region_rows + kPointTaps - 1, p.plane_rows - window_row);
   const bool edge = block.row_begin > 0 || block.row_end < p.region_rows + kPointTaps - 1;
   const PointFunction function = FindPoints(p.points, p.region_rows, edge);
-  UpcomingResults results(work, 0, 0, p.region_rows, p.region_columns, begin, end,
+  UpcomingResults results(work, 0, 0, p.region_rows / p.pool, p.region_columns / p.pool, begin, end,
                           sets * (end - begin));
   for (int64_t set = 0; set < sets; ++set) {
     block.planes = planes + set * p.points * block.point_step + window_row * kLanes;
@@ -1051,6 +1100,11 @@ double LoadCost(double near, double far) {
 
 KS_INLINE double Larger(double a, double b) { return a > b ? a : b; }
 
+// Whether regions of this size end with squares of the pooling.
+KS_INLINE bool EndsWithSquare(const Parameters& p, const Cut& cut) {
+  return cut.region % p.pool == 0;
+}
+
 // Chooses the regions, blocks and parts. Costs are clock cycles, roughly; the constants are those
 // that chose best among 2000 measured candidates, 3% above the fastest on average, with 64-byte
 // vectors. Depends on sizes and the number of connections only.
@@ -1068,6 +1122,7 @@ double ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
     for (int64_t x = 0; x < num_columns; ++x) {
       const Cut& row = rows[y];
       const Cut& column = columns[x];
+      if (!EndsWithSquare(*p, row) || !EndsWithSquare(*p, column)) continue;
       const int64_t groups = CeilDiv(p->batch * row.regions * column.regions, kLanes);
       const int64_t plane = row.plane * column.plane;
       const double pixels = static_cast<double>(row.region * column.region);
@@ -1082,9 +1137,11 @@ double ChooseRegions(const KindTraits& kind, int64_t kept, Parameters* p) {
       if (best > 0 && least_cost * static_cast<double>(groups) >= best) continue;
       const int64_t least = CeilDiv(column.region, kind.max_columns);
       for (int64_t blocks_wide = least; blocks_wide <= least + 2; ++blocks_wide) {
-        if (blocks_wide > column.region) break;
-        const int64_t block_columns = CeilDiv(column.region, blocks_wide);
-        const int64_t most_rows = Min(kind.max_rows, kind.max_sums / block_columns);
+        if (blocks_wide > column.region / p->pool) break;
+        const int64_t block_columns = CeilDiv(column.region / p->pool, blocks_wide) * p->pool;
+        const int64_t most_rows =
+            Min(kind.max_rows, kind.max_sums / block_columns) / p->pool * p->pool;
+        if (block_columns > kind.max_columns || most_rows < 1) continue;
         const int64_t blocks_high = CeilDiv(row.region, most_rows);
         const double blocks = static_cast<double>(blocks_high * blocks_wide);
         const double block_rows =
@@ -1155,6 +1212,7 @@ double ChoosePoints(int64_t kept, Parameters* p) {
   double best = 0;
   for (int64_t y = 0; y < num_rows; ++y) {
     const Cut& row = rows[y];
+    if (!EndsWithSquare(*p, row)) continue;
     const int64_t groups = CeilDiv(p->batch * row.regions * regions_wide, kLanes);
     const double region = static_cast<double>(row.region), plane = static_cast<double>(row.plane);
     const double bytes = plane * channels * kPoints * kLanes * 4;
@@ -1277,6 +1335,7 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
   if (least < 1) return 0;
   p.pointwise = p.kernel_height == 1 && p.kernel_width == 1;
   if (!p.pointwise && !FindKind(p.kernel_height, p.kernel_width, &kind)) return 0;
+  if (p.pool > 1 && (p.pool > 2 || p.pointwise || p.rows % 2 != 0 || p.columns % 2 != 0)) return 0;
   memset(plan, 0, sizeof(*plan));
   p.splits = 1;
   if (p.pointwise) {
@@ -1306,8 +1365,8 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
             Max(0, p.pad_left + p.origin_column)) *
            kLanes;
   const int64_t pixels = p.region_rows * p.region_columns;
-  const int64_t block_pixels =
-      CeilDiv(p.region_rows, p.blocks_high) * CeilDiv(p.region_columns, p.blocks_wide);
+  const int64_t block_pixels = CeilDiv(p.region_rows / p.pool, p.blocks_high) *
+                               CeilDiv(p.region_columns / p.pool, p.blocks_wide) * p.pool * p.pool;
   const int64_t tile_vectors = p.points > 0   ? p.region_rows * kPoints
                                : p.parts == 1 ? block_pixels
                                               : pixels;
@@ -1383,7 +1442,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   work.output = arguments.output;
   work.epilogue = MakeEpilogue(arguments);
   const Parameters& p = work.p;
-  const int64_t pixels = p.batch * p.rows * p.columns;
+  const int64_t pixels = p.batch * (p.rows / p.pool) * (p.columns / p.pool);
   work.fetch = pixels * p.out_channels * 4 >= kFetchFrom;
   work.stream = pixels * p.out_channels * 4 >= kStreamFrom && p.out_channels % kLanes == 0 &&
                 reinterpret_cast<uintptr_t>(work.output) % KS_VECTOR_BYTES == 0;
@@ -1392,8 +1451,8 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   if (!p.pointwise) FindKind(p.kernel_height, p.kernel_width, &kind);
   for (int i = 0; i < 2 && !p.pointwise && p.points == 0; ++i) {
     for (int j = 0; j < 2; ++j) {
-      const int64_t rows = p.region_rows / p.blocks_high + i;
-      const int64_t columns = p.region_columns / p.blocks_wide + j;
+      const int64_t rows = LeastOfBlock(p, p.region_rows, p.blocks_high) + i * p.pool;
+      const int64_t columns = LeastOfBlock(p, p.region_columns, p.blocks_wide) + j * p.pool;
       for (int edge = 0; edge < 2; ++edge)
         work.functions[i][j][edge] = kind.find(rows, columns, edge);
     }
@@ -1540,6 +1599,7 @@ Parameters Pass(const KsGeometry& geometry, int64_t height, int64_t width, int64
   p.rows = rows;
   p.columns = columns;
   p.out_channels = out_channels;
+  p.pool = 1;
   if (IsPointwise(geometry)) {  // One row of pixels.
     p.width = p.columns = p.batch * p.height * p.width;
     p.batch = p.height = p.rows = 1;
@@ -1566,7 +1626,8 @@ bool IsSubsampled(const KsGeometry& geometry) {
 }
 
 // The source is the input,
-Parameters ForwardPass(const KsGeometry& geometry) {
+Parameters ForwardPass(const KsArguments& arguments) {
+  const KsGeometry& geometry = arguments.geometry;
   Parameters p = Pass(geometry, geometry.in_height, geometry.in_width, geometry.in_channels,
                       geometry.out_height, geometry.out_width, geometry.out_channels);
   if (IsSubsampled(geometry)) {
@@ -1577,6 +1638,8 @@ Parameters ForwardPass(const KsGeometry& geometry) {
   }
   p.pad_top = geometry.pad_top;
   p.pad_left = geometry.pad_left;
+  p.pool = Max(1, arguments.pool);
+  if (p.pool > 1) p.result_row = geometry.out_width / p.pool * geometry.out_channels;
   PreferWide(&p);
   return p;
 }
@@ -1597,7 +1660,7 @@ Parameters BackwardPass(const KsGeometry& geometry) {
 int ConnectionConv2DRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
   const KsGeometry& geometry = arguments->geometry;
   if (!IsSubsampled(geometry) && !Takes(geometry)) return 0;
-  return Plan(*arguments, false, ForwardPass(geometry), plan);
+  return Plan(*arguments, false, ForwardPass(*arguments), plan);
 }
 
 void ConnectionConv2DRegionsRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
@@ -1608,7 +1671,7 @@ void ConnectionConv2DRegionsRun(const KsArguments* arguments, const KsPlan* plan
 int ConnectionConv2DWinogradPlan(const KsArguments* arguments, KsPlan* plan) {
   const KsGeometry& geometry = arguments->geometry;
   if (!TakesPoints(geometry, geometry.in_channels)) return 0;
-  return Plan(*arguments, true, ForwardPass(geometry), plan);
+  return Plan(*arguments, true, ForwardPass(*arguments), plan);
 }
 
 void ConnectionConv2DWinogradRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,

@@ -260,7 +260,7 @@ void Run(const KsArguments&, const KsPlan*, int32_t, int64_t, int64_t, const KsM
 }  // namespace
 
 int ConnectionConv2DSmallPlan(const KsArguments* arguments, KsPlan* plan) {
-  return Plan(*arguments, false, plan);
+  return arguments->pool > 1 ? 0 : Plan(*arguments, false, plan);
 }
 
 void ConnectionConv2DSmallRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,

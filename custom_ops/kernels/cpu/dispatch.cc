@@ -110,6 +110,10 @@ KsStatus CheckSizes(const KsArguments& a) {
     if (size < 1) return KS_BAD_SIZE;
     if (size > INT32_MAX) return KS_TOO_LARGE;
   }
+  if (a.pool < 0 ||
+      (a.pool > 1 && (a.operation != KS_CONNECTION_CONV2D || a.residual != nullptr))) {
+    return KS_BAD_SIZE;
+  }
   // Positions along an axis stay below 2^40, tensors below 2^60 elements: products of a few of
   // them with small constants then fit 64 bits.
   constexpr int64_t kMaxPosition = int64_t{1} << 40;
