@@ -1644,6 +1644,15 @@ Parameters ForwardPass(const KsArguments& arguments) {
   return p;
 }
 
+// Images of a few pixels have a routine of their own, which does not pool, and there is little to.
+bool PoolsBetterApart(const KsArguments& arguments) {
+  if (arguments.pool <= 1) return false;
+  KsArguments apart = arguments;
+  apart.pool = 0;
+  KsPlan plan;
+  return ConnectionConv2DSmallPlan(&apart, &plan) != 0;
+}
+
 // or out_backprop.
 Parameters BackwardPass(const KsGeometry& geometry) {
   Parameters p = Pass(geometry, geometry.out_height, geometry.out_width, geometry.out_channels,
@@ -1660,6 +1669,7 @@ Parameters BackwardPass(const KsGeometry& geometry) {
 int ConnectionConv2DRegionsPlan(const KsArguments* arguments, KsPlan* plan) {
   const KsGeometry& geometry = arguments->geometry;
   if (!IsSubsampled(geometry) && !Takes(geometry)) return 0;
+  if (PoolsBetterApart(*arguments)) return 0;
   return Plan(*arguments, false, ForwardPass(*arguments), plan);
 }
 
@@ -1670,7 +1680,7 @@ void ConnectionConv2DRegionsRun(const KsArguments* arguments, const KsPlan* plan
 
 int ConnectionConv2DWinogradPlan(const KsArguments* arguments, KsPlan* plan) {
   const KsGeometry& geometry = arguments->geometry;
-  if (!TakesPoints(geometry, geometry.in_channels)) return 0;
+  if (!TakesPoints(geometry, geometry.in_channels) || PoolsBetterApart(*arguments)) return 0;
   return Plan(*arguments, true, ForwardPass(*arguments), plan);
 }
 
