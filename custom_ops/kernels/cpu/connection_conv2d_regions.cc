@@ -586,7 +586,11 @@ void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
           for (int l = 0; l < kLanes; ++l) {
             float* pixel = reinterpret_cast<float*>(pixels[l]) + channel;
             // The sink stays in the cache: past it, each store would go out to memory.
-            kStream&& pixels[l] != sink_address ? Stream(pixel, lanes[l]) : Store(pixel, lanes[l]);
+            if (kStream && pixels[l] != sink_address) {
+              Stream(pixel, lanes[l]);
+            } else {
+              Store(pixel, lanes[l]);
+            }
           }
           continue;
         }
@@ -926,32 +930,49 @@ void ComputePart(Work& work, int64_t part, int64_t begin, int64_t end, const flo
 int64_t PointFilterBytes(int64_t kept) { return PieceBytes(kept * kPoints * kPointTaps, 4); }
 
 // Lays out the filter of result channels [begin, end) for SumPoints: from where the table has its
-// connections on, each set of p.points points [connections][p.points][kPointTaps]. Connections of a
-// transposed table have come from places `from`, and their taps are flipped.
-void LayPoints(const Parameters& p, const Table& table, const float* filter, const int32_t* from,
-               int64_t begin, int64_t end, float* to) {
+// connections on, each set of kTogether points [connections][kTogether][kPointTaps]. Connections of
+// a transposed table have come from places `from`, and their taps are flipped.
+template <int kTogether>
+void LayPointsOf(const Table& table, const float* filter, const int32_t* from, int64_t begin,
+                 int64_t end, float* to) {
+  constexpr int64_t kSetTaps = kTogether * kPointTaps;
+  // A transposed table reads the filter in random order.
+  constexpr int64_t kAhead = 12;
+  const int64_t last = Max(0, int64_t{table.row_splits[end]} - 1);
   to += int64_t{table.row_splits[begin]} * kPoints * kPointTaps;
   for (int64_t o = begin; o < end; ++o) {
     const int64_t first = table.row_splits[o];
     const int64_t connections = table.row_splits[o + 1] - first;
-    for (int64_t c = 0; c < connections; ++c) {
+    for (int64_t c = 0; c < connections; ++c, to += kSetTaps) {
+      if (from != nullptr) __builtin_prefetch(filter + from[Min(first + c + kAhead, last)] * 9);
       const float* taps = filter + (from == nullptr ? first + c : from[first + c]) * 9;
-      for (int64_t i = 0; i < kPointTaps; ++i, taps += 3) {
+      KS_UNROLL
+      for (int i = 0; i < kPointTaps; ++i, taps += 3) {
         float points[kPoints];
         if (from == nullptr) {
           TransformTaps({taps[0], taps[1], taps[2]}, points);
         } else {
           TransformTaps({taps[2], taps[1], taps[0]}, points);
         }
-        const int64_t row = from == nullptr ? i : kPointTaps - 1 - i;
-        for (int64_t t = 0; t < kPoints; ++t) {
-          const int64_t set = t / p.points;
-          to[((set * connections + c) * p.points + t % p.points) * kPointTaps + row] = points[t];
+        float* const row = to + (from == nullptr ? i : kPointTaps - 1 - i);
+        KS_UNROLL
+        for (int t = 0; t < kPoints; ++t) {
+          row[t / kTogether * connections * kSetTaps + t % kTogether * kPointTaps] = points[t];
         }
       }
     }
-    to += connections * kPoints * kPointTaps;
+    to += connections * (kPoints * kPointTaps - kSetTaps);
   }
+}
+
+void LayPoints(const Parameters& p, const Table& table, const float* filter, const int32_t* from,
+               int64_t begin, int64_t end, float* to) {
+  // A number of points that the compiler knows: a division for each weight took most of the time.
+  const auto lay = p.points == 1   ? LayPointsOf<1>
+                   : p.points == 2 ? LayPointsOf<2>
+                   : p.points == 3 ? LayPointsOf<3>
+                                   : LayPointsOf<6>;
+  lay(table, filter, from, begin, end, to);
 }
 
 // A row of kTileColumns results of one channel: floats, an odd number of vectors.
@@ -1396,7 +1417,7 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
     ++stage;
   } else if (p.points > 0) {
     stage->items = CeilDiv(p.out_channels, kLanes);
-    stage->cost = 100 + arguments.kept * 60 * kLanes / p.out_channels;
+    stage->cost = 100 + arguments.kept * 40 * kLanes / p.out_channels;
     stage->prepares = KS_PREPARES_FILTER;
     ++stage;
   } else if (p.transposed) {
