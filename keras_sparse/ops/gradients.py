@@ -65,10 +65,14 @@ def _before_activation(op, gradient, outputs):
     return gradient
 
 
+def _bias_gradients(op, gradient):
+    """That of the bias, if the op has one."""
+    return [tf.reduce_sum(gradient, (0, 1, 2))] * op.get_attr("num_bias")
+
+
 def _epilogue_gradients(op, gradient):
     """Those of the bias and the residual, as far as the op has them."""
-    bias = [tf.reduce_sum(gradient, (0, 1, 2))] * op.get_attr("num_bias")
-    return (*bias, *[gradient] * op.get_attr("num_residual"))
+    return (*_bias_gradients(op, gradient), *[gradient] * op.get_attr("num_residual"))
 
 
 def _fused(of_convolution):
@@ -96,8 +100,7 @@ def _max_pooled_connection_conv2d(op, gradient):
         orig_input=whole, orig_output=op.outputs[0], grad=gradient, ksize=square, strides=square, padding="VALID"
     )
     gradient = _before_activation(op, gradient, whole)
-    bias = [tf.reduce_sum(gradient, (0, 1, 2))] * op.get_attr("num_bias")
-    return *_connection_conv2d(op, gradient), *bias
+    return *_connection_conv2d(op, gradient), *_bias_gradients(op, gradient)
 
 
 def _connection_conv2d_backprop_input(op, gradient):

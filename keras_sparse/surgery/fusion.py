@@ -193,9 +193,7 @@ def _absorb_followers(graph, last, unit, calls, taken):
         if node is None:
             return last
         follower = node.operation
-        if type(follower) in _INERT:
-            if not _is_inert(node, layer):
-                return last
+        if _is_inert(node, layer):
             last = node
             continue
         if not _may_absorb(node, 2 if type(follower) is keras.layers.Add else 1, layer, calls, taken):
@@ -229,7 +227,7 @@ def _absorb_pooling(graph, last, unit, calls, taken):
     if not isinstance(layer, keras.layers.Conv2D) or unit.addition is not None or unit.activation_name is None:
         return
     node = graph.only_reader(last.outputs[0])
-    while node is not None and type(node.operation) in _INERT and _is_inert(node, layer):
+    while node is not None and _is_inert(node, layer):
         last = node
         node = graph.only_reader(last.outputs[0])
     if node is None or not _may_absorb(node, 1, layer, calls, taken):
@@ -248,7 +246,9 @@ def _absorb_pooling(graph, last, unit, calls, taken):
 
 
 def _is_inert(node, layer):
-    return _is_plain(node, 1) and node.operation.compute_dtype == layer.compute_dtype
+    """Whether a call hands on what it gets, in the dtype of the layer."""
+    operation = node.operation
+    return type(operation) in _INERT and _is_plain(node, 1) and operation.compute_dtype == layer.compute_dtype
 
 
 def _may_absorb(node, inputs, layer, calls, taken):

@@ -121,6 +121,27 @@ def test_pooled_gradients(case, pool_size, activation):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * size)
 
 
+def test_pooled_second_order():
+    (inputs, _, filter, bias, _), convolve = problem("connection")
+    values = [tf.constant(value) for value in (inputs, filter, bias)]
+
+    def second(function):
+        with tf.GradientTape() as outer:
+            outer.watch(values)
+            with tf.GradientTape() as inner:
+                inner.watch(values)
+                outputs = function(*values[:2], bias=values[2], activation="relu", pool_size=2)
+                loss = tf.reduce_sum(outputs**3)
+            first = inner.gradient(loss, values)
+            loss = tf.add_n([tf.reduce_sum(tf.sin(0.01 * g)) for g in first])
+        return outer.gradient(loss, values)
+
+    for actual, expected in zip(second(convolve(ops)), second(convolve(ops.reference)), strict=True):
+        size = float(tf.reduce_max(tf.abs(expected)))
+        assert size > 0.01
+        np.testing.assert_allclose(actual, expected, atol=1e-4 * size)
+
+
 def test_pooling_in_graphs_of_unknown_shapes():
     (inputs, kernel, filter, bias, _), convolve = problem("connection")
 
@@ -144,7 +165,7 @@ def test_pooling_in_graphs_of_unknown_shapes():
     oracle.assert_close(half_known(inputs[:1]), pooled(product[:1], 2), 45)
 
 
-def test_pooling_is_the_same_at_any_number_of_threads_and_as_apart():
+def test_pooling_apart_is_that_of_tensorflow():
     (inputs, _, filter, bias, _), convolve = problem("connection", 1)
     whole = convolve(ops)(inputs, filter, bias=bias, activation="relu")
     # No routine pools one tap itself: the same convolution, and then the largest of its values.
