@@ -405,6 +405,11 @@ void FindRegions(const Parameters& p, int64_t group, const float* source, Region
 // of the L1 cache what comes first.
 constexpr int64_t kFloatsAhead = 128;
 
+// Whether a vector of channels is the first in its cache line: one fetch for all of them.
+KS_INLINE bool StartsLine(int64_t channel) {
+  return kLanes >= kLineFloats || channel % kLineFloats == 0;
+}
+
 // Fills the planes of source channels [begin, end); `planes` is the plane of `begin`. `zeros` is as
 // long as a pixel.
 void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int64_t end,
@@ -452,6 +457,7 @@ void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int6
         KS_UNROLL
         for (int l = 0; l < kLanes; ++l) {
           lanes[l] = Load(reinterpret_cast<const float*>(pixels[l]) + channel);
+          if (!StartsLine(next - begin)) continue;
           __builtin_prefetch(reinterpret_cast<const void*>(regions.source[l] + ahead));
         }
         StoreColumns(lanes, target + (channel - begin) * p.plane_size, p.plane_size);
@@ -467,6 +473,7 @@ constexpr int64_t kPointRow = (kPoints | 1) * kLanes;
 // PackPlanes with the source at its points; at least kLanes channels. `row` holds kLanes rows.
 void PackPoints(const Parameters& p, const Regions& regions, int64_t begin, int64_t end,
                 const float* zeros, float* row, float* planes) {
+  constexpr int64_t kAhead = kLanes > kLineFloats ? kLanes : kLineFloats;
   const int64_t point_step = p.plane_rows * kLanes;
   for (int64_t r = 0; r < p.plane_rows; ++r) {
     intptr_t pixels[kPoints][kLanes];
@@ -484,13 +491,14 @@ void PackPoints(const Parameters& p, const Regions& regions, int64_t begin, int6
       // The last channels overlap those before rather than being fewer.
       const int64_t channel = Min(next, end - kLanes);
       // What is packed next: more channels of these pixels, or those of the row below.
-      const int64_t ahead = next + kLanes < end ? 4 * (channel + kLanes + r * p.source_row)
+      const int64_t ahead = next + kAhead < end ? 4 * (channel + kAhead + r * p.source_row)
                                                 : 4 * (begin + (r + 1) * p.source_row);
       for (int64_t c = 0; c < kPoints; ++c) {
         Vec lanes[kLanes];
         KS_UNROLL
         for (int l = 0; l < kLanes; ++l) {
           lanes[l] = Load(reinterpret_cast<const float*>(pixels[c][l]) + channel);
+          if (!StartsLine(next - begin)) continue;
           __builtin_prefetch(
               reinterpret_cast<const void*>(regions.source[l] + ahead + 4 * c * p.source_column));
         }
@@ -541,8 +549,8 @@ KS_INLINE Vec Larger(Vec a, Vec b) { return b > a ? b : a; }
 
 // Stores the sums of a block of rows x columns pixels of the result from (first_row, first_column)
 // of the regions on: those of result channel begin + i are at sums + i * stride, kPool * kPool for
-// a pixel. Pixels outside the images go to `sink`, as long as a pixel. kStream: past the caches.
-// kFinish: with the epilogue.
+// a pixel. Pixels outside the images go to `sink`, as long as a pixel. kStream: past the caches;
+// `begin` and `end` are then multiples of kLineFloats. kFinish: with the epilogue.
 template <bool kStream, bool kFinish, int kPool>
 void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
                 int64_t first_column, int64_t rows, int64_t columns, int64_t begin, int64_t end,
@@ -564,8 +572,8 @@ void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
         if (kFinish) residuals[l] = inside ? source + 4 * regions.result[l] : residual;
       }
       const float* from = sums;
-      for (int64_t channel = begin; channel < end; channel += kLanes, from += kLanes * stride) {
-        Vec lanes[kLanes];
+      // The results of kLanes channels, a vector for each lane's pixel.
+      const auto take = [&](int64_t channel, Vec(&lanes)[kLanes]) {
         KS_UNROLL
         for (int l = 0; l < kLanes; ++l) {
           lanes[l] = Load(from + l * stride);
@@ -577,20 +585,45 @@ void StoreBlock(const Parameters& p, const Regions& regions, int64_t first_row,
             lanes[l] = Larger(lanes[l], Load(sum));
           }
         }
+        from += kLanes * stride;
         Transpose(lanes);
         if (kFinish) {
           FinishPixels(epilogue, channel, Min(kLanes, end - channel), residuals, lanes);
         }
-        if (end - channel >= kLanes) {
+      };
+      if (kStream) {
+        for (int64_t channel = begin; channel < end; channel += kLineFloats) {
+          // All of a cache line at once: past the caches, parts of it would go out one by one.
+          constexpr int kFirst = kLineFloats - kLanes;
+          float firsts[kLanes][kFirst > 0 ? kFirst : 1];
+          Vec lanes[kLanes];
+          for (int i = 0; i < kFirst; i += kLanes) {
+            take(channel + i, lanes);
+            KS_UNROLL
+            for (int l = 0; l < kLanes; ++l) Store(firsts[l] + i, lanes[l]);
+          }
+          take(channel + kFirst, lanes);
           KS_UNROLL
           for (int l = 0; l < kLanes; ++l) {
             float* pixel = reinterpret_cast<float*>(pixels[l]) + channel;
-            // The sink stays in the cache: past it, each store would go out to memory.
-            if (kStream && pixels[l] != sink_address) {
-              Stream(pixel, lanes[l]);
-            } else {
-              Store(pixel, lanes[l]);
+            // The sink stays in the cache.
+            const bool past = pixels[l] != sink_address;
+            for (int i = 0; i < kFirst; i += kLanes) {
+              const Vec first = Load(firsts[l] + i);
+              past ? Stream(pixel + i, first) : Store(pixel + i, first);
             }
+            past ? Stream(pixel + kFirst, lanes[l]) : Store(pixel + kFirst, lanes[l]);
+          }
+        }
+        continue;
+      }
+      for (int64_t channel = begin; channel < end; channel += kLanes) {
+        Vec lanes[kLanes];
+        take(channel, lanes);
+        if (end - channel >= kLanes) {
+          KS_UNROLL
+          for (int l = 0; l < kLanes; ++l) {
+            Store(reinterpret_cast<float*>(pixels[l]) + channel, lanes[l]);
           }
           continue;
         }
@@ -638,7 +671,8 @@ KS_INLINE int64_t PartChannel(const Parameters& p, int64_t part) {
 
 // Result channels of split s begin here.
 KS_INLINE int64_t SplitChannel(const Parameters& p, int64_t split) {
-  return Min(p.out_channels, PartBegin(CeilDiv(p.out_channels, kLanes), p.splits, split) * kLanes);
+  return Min(p.out_channels,
+             PartBegin(CeilDiv(p.out_channels, kLineFloats), p.splits, split) * kLineFloats);
 }
 
 void SortByLength(const int32_t* begin, const int32_t* end, int64_t first, int64_t last,
@@ -772,12 +806,13 @@ constexpr int64_t kResultsAhead = 2;
 
 // Fetches the first connections of a result channel; its block then fetches those that follow.
 KS_INLINE void FetchTable(const Table& table, int64_t begin, int64_t end, int64_t taps) {
-  constexpr int64_t kLine = 16;
   const float* filter = table.filter + begin * taps;
   const int64_t floats = Min((end - begin) * taps, kFilterAhead);
-  for (int64_t i = 0; i < floats; i += kLine) __builtin_prefetch(filter + i);
-  const int64_t channels = Min(end - begin, 2 * kLine);
-  for (int64_t i = 0; i < channels; i += kLine) __builtin_prefetch(table.channels + begin + i);
+  for (int64_t i = 0; i < floats; i += kLineFloats) __builtin_prefetch(filter + i);
+  const int64_t channels = Min(end - begin, 2 * kLineFloats);
+  for (int64_t i = 0; i < channels; i += kLineFloats) {
+    __builtin_prefetch(table.channels + begin + i);
+  }
 }
 
 // The memory of a block's results, and what is added to them, in result channels [begin, end): is
@@ -791,7 +826,7 @@ class UpcomingResults {
         rows_(rows),
         columns_(columns),
         begin_(begin),
-        lines_(CeilDiv(end - begin, kLanes)),
+        lines_(CeilDiv(end - begin, kLineFloats)),
         steps_(steps),
         data_{work.fetch && !work.stream ? work.output : nullptr,
               work.fetch ? work.epilogue.residual : nullptr} {}
@@ -803,7 +838,7 @@ class UpcomingResults {
     if (!any()) return;
     due_ += steps * lines_ * kLanes;
     for (; due_ > 0 && fetched_ < lines_ * kLanes; ++fetched_, due_ -= steps_) {
-      const int64_t lane = fetched_ / lines_, channel = begin_ + fetched_ % lines_ * kLanes;
+      const int64_t lane = fetched_ / lines_, channel = begin_ + fetched_ % lines_ * kLineFloats;
       for (const float* data : data_) {
         if (data == nullptr) continue;
         FetchPixels(work.p, work.regions, row_, column_, rows_, columns_, lane, channel, data);
@@ -1400,7 +1435,7 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
   if (p.groups < kSharedGroups && p.groups * group_bytes <= kScratchLimit) {
     p.shared_planes = 1;
     // A thread that takes a part of the channels reads most planes for it.
-    p.splits = Min(Min(CeilDiv(kWantedItems, p.groups), CeilDiv(p.out_channels, kLanes)),
+    p.splits = Min(Min(CeilDiv(kWantedItems, p.groups), CeilDiv(p.out_channels, kLineFloats)),
                    CeilDiv(sums + empty, kSplitCycles));
   }
 
@@ -1465,8 +1500,8 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   const Parameters& p = work.p;
   const int64_t pixels = p.batch * (p.rows / p.pool) * (p.columns / p.pool);
   work.fetch = pixels * p.out_channels * 4 >= kFetchFrom;
-  work.stream = pixels * p.out_channels * 4 >= kStreamFrom && p.out_channels % kLanes == 0 &&
-                reinterpret_cast<uintptr_t>(work.output) % KS_VECTOR_BYTES == 0;
+  work.stream = pixels * p.out_channels * 4 >= kStreamFrom && p.out_channels % kLineFloats == 0 &&
+                reinterpret_cast<uintptr_t>(work.output) % KS_ALIGNMENT == 0;
   KindTraits kind = {};
   work.sum_pixels = p.pointwise ? FindPixels(p.region_rows * p.region_columns, p.paired) : nullptr;
   if (!p.pointwise) FindKind(p.kernel_height, p.kernel_width, &kind);

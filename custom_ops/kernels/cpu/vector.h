@@ -38,6 +38,7 @@ namespace ks {
 namespace KS_ISA {
 
 constexpr int kLanes = KS_VECTOR_BYTES / 4;
+constexpr int kLineFloats = 16;  // Of a cache line.
 #if KS_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int kRegisters = 32;
 #else
