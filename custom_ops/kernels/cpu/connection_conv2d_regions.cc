@@ -67,8 +67,10 @@ struct Parameters {
   int64_t together;                  // Result channels whose sums are kept at a time.
   int64_t tile_stride;               // Floats from the sums of one result channel to the next.
   // Points whose sums are computed at a time, or 0: without points. With points a region is one
-  // tile wide and one block, and a plane is [kPoints][plane_rows][lanes].
+  // tile wide and one block, and a channel has a plane for each set of points, [points][plane_rows]
+  // [lanes]: the planes of a set follow each other, so that few pages of memory are in use.
   int64_t points;
+  int64_t set_size;  // Floats from the planes of one set to those of the next.
 
   int64_t transposed;     // 1: stage 0 transposes the table, stage 1 the filter.
   int64_t shared_planes;  // 1: a stage of its own packs all planes, the next one computes.
@@ -474,7 +476,10 @@ constexpr int64_t kPointRow = (kPoints | 1) * kLanes;
 void PackPoints(const Parameters& p, const Regions& regions, int64_t begin, int64_t end,
                 const float* zeros, float* row, float* planes) {
   constexpr int64_t kAhead = kLanes > kLineFloats ? kLanes : kLineFloats;
-  const int64_t point_step = p.plane_rows * kLanes;
+  int64_t steps[kPoints];  // From the first point to each.
+  for (int64_t t = 0; t < kPoints; ++t) {
+    steps[t] = t / p.points * p.set_size + t % p.points * p.plane_rows * kLanes;
+  }
   for (int64_t r = 0; r < p.plane_rows; ++r) {
     intptr_t pixels[kPoints][kLanes];
     for (int l = 0; l < kLanes; ++l) {
@@ -511,7 +516,7 @@ void PackPoints(const Parameters& p, const Regions& regions, int64_t begin, int6
         for (int c = 0; c < kPoints; ++c) columns[c] = Load(row + i * kPointRow + c * kLanes);
         TransformSource(columns, points);
         KS_UNROLL
-        for (int t = 0; t < kPoints; ++t) Store(to + t * point_step, points[t]);
+        for (int t = 0; t < kPoints; ++t) Store(to + steps[t], points[t]);
       }
     }
   }
@@ -1055,36 +1060,38 @@ void StorePoints(const Work& work, int64_t begin, int64_t end) {
   }
 }
 
+constexpr int64_t kPointsTogether = 4;  // Result channels between two fetches.
+
 // ComputePart with points: all source channels are one part.
 void ComputePoints(Work& work, int64_t begin, int64_t end, const float* planes) {
   const Parameters& p = work.p;
-  const int32_t* splits = work.table.row_splits;
   const int32_t* order = work.table.order;
   const int64_t sets = kPoints / p.points;
   const int64_t window_row = -p.pad_top - p.origin_row;
   PointBlock block;
   block.plane_size = p.plane_size;
   block.point_step = p.plane_rows * kLanes;
+  block.splits = work.table.row_splits;
+  block.channels = work.table.channels;
+  block.filter = work.table.filter;
   block.row_begin = Max(0, -window_row);
   block.row_end = Min(p.region_rows + kPointTaps - 1, p.plane_rows - window_row);
+  block.sums_step = p.tile_stride;
   const bool edge = block.row_begin > 0 || block.row_end < p.region_rows + kPointTaps - 1;
   const PointFunction function = FindPoints(p.points, p.region_rows, edge);
   UpcomingResults results(work, 0, 0, p.region_rows / p.pool, p.region_columns / p.pool, begin, end,
                           sets * (end - begin));
+  // Fetching comes between result channels; where there is nothing to fetch, all are done at once.
+  const int64_t step = work.upcoming.units > 0 || results.any() ? kPointsTogether : end - begin;
   for (int64_t set = 0; set < sets; ++set) {
-    block.planes = planes + set * p.points * block.point_step + window_row * kLanes;
-    for (int64_t k = begin; k < end; ++k) {
-      results.Fetch(work, 1);
-      FetchDue(1, &work.upcoming);
-      const int64_t o = order[k];
-      const int64_t first = splits[o];
-      block.connections = splits[o + 1] - first;
-      block.channels = work.table.channels + first;
-      block.filter =
-          work.table.filter + (first * kPoints + set * block.connections * p.points) * kPointTaps;
-      block.sums =
-          work.sums + (o - begin) * p.tile_stride + set * p.points * p.region_rows * kLanes;
-      function(block);
+    block.set = set;
+    block.planes = planes + set * p.set_size + window_row * kLanes;
+    block.sums = work.sums + set * p.points * p.region_rows * kLanes - begin * p.tile_stride;
+    for (int64_t k = begin; k < end; k += step) {
+      const int64_t here = Min(step, end - k);
+      results.Fetch(work, here);
+      FetchDue(here, &work.upcoming);
+      function(block, order + k, order + k + here);
     }
   }
   StorePoints(work, begin, end);
@@ -1364,7 +1371,8 @@ void ChoosePixels(int64_t kept, Parameters* p) {
 int64_t PlanesSize(const Parameters& p, bool all_parts) {
   int64_t channels = p.channels;
   if (!all_parts) channels = CeilDiv(CeilDiv(p.channels, kLanes), p.parts) * kLanes;
-  return RoundUp(p.lead + channels * p.plane_size, KS_ALIGNMENT / 4);
+  const int64_t planes = p.points > 0 ? kPoints / p.points * p.set_size : channels * p.plane_size;
+  return RoundUp(p.lead + planes, KS_ALIGNMENT / 4);
 }
 
 // Planes of a group are packed in pieces of this many channels, the last one with what remains.
@@ -1414,8 +1422,11 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
   }
   // A plane is an odd number of cache lines, so that the planes of different channels do not fall
   // into the same cache sets; so are the sums of a channel.
-  const int64_t plane_vectors = p.plane_rows * (p.points > 0 ? kPoints : p.plane_columns);
-  p.plane_size = (CeilDiv(plane_vectors * kLanes, 16) | 1) * 16;
+  p.plane_size = (CeilDiv(p.plane_rows * p.plane_columns * kLanes, 16) | 1) * 16;
+  if (p.points > 0) {
+    p.plane_size = RoundUp(p.points * p.plane_rows * kLanes, 16);
+    p.set_size = (p.channels * p.plane_size / 16 | 1) * 16;
+  }
   if (p.pointwise && p.channels > INT32_MAX / p.plane_size) return 0;
   p.lead = (Max(0, p.pad_top + p.origin_row) * (p.points > 0 ? 1 : p.plane_columns) +
             Max(0, p.pad_left + p.origin_column)) *

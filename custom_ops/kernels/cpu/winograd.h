@@ -70,58 +70,75 @@ KS_INLINE void TransformSums(const Vec (&sums)[kPoints], Vec (&results)[kTileCol
 
 // --- Sums ----------------------------------------------------------------------------------------
 
-// The sums of some points, `together` of them, in a column of tiles of one result channel.
+// The sums of some points, a set of `together`, in a column of tiles.
 struct PointBlock {
-  const float* planes;      // Channel 0's, at the first point and the first tap of the first row.
-  int64_t plane_size;       // Floats from the plane of one channel to the next,
-  int64_t point_step;       // from one point to the next; rows follow each other.
-  const int32_t* channels;  // The connections
-  const float* filter;      // and their taps: [connections][together][kPointTaps].
-  int64_t connections;
+  const float* planes;  // Channel 0's, at the first point and the first tap of the first row.
+  int64_t plane_size;   // Floats from the plane of one channel to the next,
+  int64_t point_step;   // from one point to the next; rows follow each other.
+  // The table: connections of result channel o are [splits[o], splits[o + 1]), and of their taps
+  // those of the set, [connections][together][kPointTaps], are the set-th part.
+  const int32_t* splits;
+  const int32_t* channels;
+  const float* filter;
+  int64_t set;
   int64_t row_begin, row_end;  // Of the rows + kPointTaps - 1 rows those that are no padding.
-  float* sums;                 // [together][rows][lanes]
+  float* sums;                 // Of result channel 0, each [together][rows][lanes]
+  int64_t sums_step;           // Floats from one result channel to the next.
 };
 
-typedef void (*PointFunction)(const PointBlock&);
+// Result channels [first, last), taken one after another: with few connections in each, a call for
+// every one of them would take as long as its sums.
+typedef void (*PointFunction)(const PointBlock&, const int32_t* first, const int32_t* last);
 constexpr int kMaxPointSums = kRegisters - kPointTaps - 3;
 constexpr int kMaxPointRows = kMaxPointSums < 16 ? kMaxPointSums : 16;
 
 // kEdge: the first or the last row may be padding.
 template <int kTogether, int kRows, bool kEdge>
-void SumPoints(const PointBlock& block) {
+void SumPoints(const PointBlock& block, const int32_t* first, const int32_t* last) {
   constexpr int64_t kAhead = 256;  // Floats of the filter that are fetched before their use.
-  Vec sums[kTogether][kRows] = {};
+  const float* const planes = block.planes;
   const int64_t plane_size = block.plane_size, point_step = block.point_step;
+  const int32_t* const splits = block.splits;
+  const int32_t* const channels = block.channels;
+  const float* const filters = block.filter;
+  float* const all_sums = block.sums;
+  const int64_t set_taps = block.set * kTogether * kPointTaps, sums_step = block.sums_step;
   const bool first_row = !kEdge || block.row_begin == 0;
   const bool last_row = !kEdge || block.row_end == kRows + kPointTaps - 1;
-  const float* filter = block.filter;
-  const float* filter_end = filter + block.connections * kTogether * kPointTaps;
-  const int32_t* channel = block.channels;
-  for (const int32_t* end = channel + block.connections; channel != end; ++channel) {
-    const float* point = block.planes + *channel * plane_size;
-    const float* ahead = filter + kAhead;
-    __builtin_prefetch(ahead < filter_end ? ahead : filter_end);
-    KS_UNROLL
-    for (int t = 0; t < kTogether; ++t, point += point_step, filter += kPointTaps) {
-      Vec weights[kPointTaps];
+  for (; first != last; ++first) {
+    const int64_t o = *first;
+    const int64_t begin = splits[o], connections = splits[o + 1] - begin;
+    Vec sums[kTogether][kRows] = {};
+    const float* filter = filters + begin * kPoints * kPointTaps + connections * set_taps;
+    const float* filter_end = filter + connections * kTogether * kPointTaps;
+    const int32_t* channel = channels + begin;
+    for (const int32_t* end = channel + connections; channel != end; ++channel) {
+      const float* point = planes + *channel * plane_size;
+      const float* ahead = filter + kAhead;
+      __builtin_prefetch(ahead < filter_end ? ahead : filter_end);
       KS_UNROLL
-      for (int i = 0; i < kPointTaps; ++i) weights[i] = Splat(filter[i]);
-      KS_UNROLL
-      for (int q = 0; q < kRows + kPointTaps - 1; ++q) {
-        if (kEdge && q == 0 && !first_row) continue;
-        if (kEdge && q == kRows + kPointTaps - 2 && !last_row) continue;
-        const Vec x = InRegister(Load(point + q * kLanes));
+      for (int t = 0; t < kTogether; ++t, point += point_step, filter += kPointTaps) {
+        Vec weights[kPointTaps];
         KS_UNROLL
-        for (int i = 0; i < kPointTaps; ++i) {
-          if (q - i >= 0 && q - i < kRows) sums[t][q - i] += weights[i] * x;
+        for (int i = 0; i < kPointTaps; ++i) weights[i] = Splat(filter[i]);
+        KS_UNROLL
+        for (int q = 0; q < kRows + kPointTaps - 1; ++q) {
+          if (kEdge && q == 0 && !first_row) continue;
+          if (kEdge && q == kRows + kPointTaps - 2 && !last_row) continue;
+          const Vec x = InRegister(Load(point + q * kLanes));
+          KS_UNROLL
+          for (int i = 0; i < kPointTaps; ++i) {
+            if (q - i >= 0 && q - i < kRows) sums[t][q - i] += weights[i] * x;
+          }
         }
       }
     }
-  }
-  KS_UNROLL
-  for (int t = 0; t < kTogether; ++t) {
+    float* const results = all_sums + o * sums_step;
     KS_UNROLL
-    for (int r = 0; r < kRows; ++r) Store(block.sums + (t * kRows + r) * kLanes, sums[t][r]);
+    for (int t = 0; t < kTogether; ++t) {
+      KS_UNROLL
+      for (int r = 0; r < kRows; ++r) Store(results + (t * kRows + r) * kLanes, sums[t][r]);
+    }
   }
 }
 
