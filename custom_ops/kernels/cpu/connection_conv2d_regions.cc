@@ -101,10 +101,13 @@ template <int kRowsOfTaps, int kColumnsOfTaps, int kBlockRows, int kBlockColumns
           bool kFetch = false>
 struct Kind {
   static constexpr int kTapRows = kRowsOfTaps, kTapColumns = kColumnsOfTaps;
+  // Columns of taps whose weights are in registers at a time. All of them would leave too few of 16
+  // registers.
+  static constexpr int kWeights = kRegisters == 16 && kTapColumns > 5 ? 4 : kTapColumns;
   // Whether to fetch the next connection's window: it pays where blocks are few and wide.
   static constexpr bool kFetchNext = kFetch;
   // Limits of a block. Beside its sums there are weights and one or two operands.
-  static constexpr int kFree = kRegisters - kTapRows * kTapColumns - 2;
+  static constexpr int kFree = kRegisters - kTapRows * kWeights - 2;
   static constexpr int kMaxSums = kFree < 22 ? kFree : 22;
   static constexpr int kMaxRows = kBlockRows < kMaxSums ? kBlockRows : kMaxSums;
   static constexpr int kMaxColumns = kBlockColumns < kMaxSums ? kBlockColumns : kMaxSums;
@@ -121,15 +124,70 @@ typedef Kind<1, 7, 4, 9, true> SevenWide;
 // Enough separate sums to hide the latency of a multiply-add: small blocks keep several for a
 // pixel.
 constexpr int kSumsInFlight = 8;
+constexpr int Least(int a, int b) { return a < b ? a : b; }
 
 constexpr int64_t kFilterAhead = 256;  // Floats of the filter that are fetched before their use.
+
+// Adds the products with K::kTapRows rows of a connection's taps, from row `first` on and from
+// column kBegin on.
+template <typename K, int kRows, int kColumns, bool kEdge, int kBegin, int kSets>
+KS_INLINE void AddTaps(const Block& block, const float* plane, const float* next_plane,
+                       int64_t row_step, const float* filter, int64_t first,
+                       Vec (&sums)[kSets][kRows][kColumns]) {
+  constexpr int kTapRows = K::kTapRows, kTapColumns = K::kTapColumns;
+  constexpr int kEnd = Least(kBegin + K::kWeights, kTapColumns);
+  Vec weights[kTapRows][kEnd - kBegin];
+  KS_UNROLL
+  for (int i = 0; i < kTapRows; ++i) {
+    KS_UNROLL
+    for (int j = kBegin; j < kEnd; ++j) {
+      weights[i][j - kBegin] = Splat(filter[i * kTapColumns + j]);
+    }
+  }
+  const float* row = plane + first * row_step;
+  KS_UNROLL
+  for (int q = 0; q < kRows + kTapRows - 1; ++q, row += row_step) {
+    // Only the outermost rows and columns can be padding.
+    if (!kEdge) {
+    } else if (kTapRows == 1 ? first + q < block.row_begin || first + q >= block.row_end
+                             : (q < kTapRows / 2 && q < block.row_begin) ||
+                                   (q >= kRows + kTapRows / 2 && q >= block.row_end)) {
+      continue;
+    }
+    KS_UNROLL
+    for (int p = kBegin; p < kColumns + kEnd - 1; ++p) {
+      if (kEdge && ((p < kTapColumns / 2 && p < block.column_begin) ||
+                    (p >= kColumns + kTapColumns / 2 && p >= block.column_end))) {
+        continue;
+      }
+      const Vec x = Load(row + p * kLanes);
+      if (K::kFetchNext && kBegin == 0) {
+        __builtin_prefetch(next_plane + (row - plane) + p * kLanes);
+      }
+      KS_UNROLL
+      for (int i = 0; i < kTapRows; ++i) {
+        KS_UNROLL
+        for (int j = kBegin; j < kEnd; ++j) {
+          if (q - i >= 0 && q - i < kRows && p - j >= 0 && p - j < kColumns) {
+            sums[(i * kTapColumns + j) % kSets][q - i][p - j] += weights[i][j - kBegin] * x;
+          }
+        }
+      }
+    }
+  }
+  if constexpr (kEnd < kTapColumns) {
+    AddTaps<K, kRows, kColumns, kEdge, kEnd>(block, plane, next_plane, row_step, filter, first,
+                                             sums);
+  }
+}
 
 // kEdge: part of the window may be padding.
 template <typename K, int kRows, int kColumns, bool kEdge>
 void SumBlock(const Block& block) {
   constexpr int kTapRows = K::kTapRows, kTapColumns = K::kTapColumns;
-  constexpr int kWanted = (kSumsInFlight + kRows * kColumns - 1) / (kRows * kColumns);
-  constexpr int kSets = kWanted < kTapRows * kTapColumns ? kWanted : kTapRows * kTapColumns;
+  constexpr int kWanted =
+      Least((kSumsInFlight + kRows * kColumns - 1) / (kRows * kColumns), kTapRows * kTapColumns);
+  constexpr int kSets = Least(kWanted, K::kFree / (kRows * kColumns));
   Vec sums[kSets][kRows][kColumns] = {};
   if (block.accumulate) {
     KS_UNROLL
@@ -150,45 +208,12 @@ void SumBlock(const Block& block) {
     const float* next_plane = block.planes + channel[channel + 1 != end] * block.plane_size;
     const int64_t tap_rows = kTapRows == 1 ? block.kernel_height : kTapRows;
     for (int64_t first = 0; first < tap_rows; first += kTapRows) {
-      Vec weights[kTapRows][kTapColumns];
-      KS_UNROLL
-      for (int i = 0; i < kTapRows; ++i) {
-        KS_UNROLL
-        for (int j = 0; j < kTapColumns; ++j) weights[i][j] = Splat(filter[i * kTapColumns + j]);
-      }
+      const float* taps = filter;
       filter += kTapRows * kTapColumns;
       // The hardware loses this stream among the loads of planes.
       const float* ahead = filter + kFilterAhead;
       __builtin_prefetch(ahead < filter_end ? ahead : filter_end);
-      const float* row = plane + first * row_step;
-      KS_UNROLL
-      for (int q = 0; q < kRows + kTapRows - 1; ++q, row += row_step) {
-        // Only the outermost rows and columns can be padding.
-        if (!kEdge) {
-        } else if (kTapRows == 1 ? first + q < block.row_begin || first + q >= block.row_end
-                                 : (q < kTapRows / 2 && q < block.row_begin) ||
-                                       (q >= kRows + kTapRows / 2 && q >= block.row_end)) {
-          continue;
-        }
-        KS_UNROLL
-        for (int p = 0; p < kColumns + kTapColumns - 1; ++p) {
-          if (kEdge && ((p < kTapColumns / 2 && p < block.column_begin) ||
-                        (p >= kColumns + kTapColumns / 2 && p >= block.column_end))) {
-            continue;
-          }
-          const Vec x = Load(row + p * kLanes);
-          if (K::kFetchNext) __builtin_prefetch(next_plane + (row - plane) + p * kLanes);
-          KS_UNROLL
-          for (int i = 0; i < kTapRows; ++i) {
-            KS_UNROLL
-            for (int j = 0; j < kTapColumns; ++j) {
-              if (q - i >= 0 && q - i < kRows && p - j >= 0 && p - j < kColumns) {
-                sums[(i * kTapColumns + j) % kSets][q - i][p - j] += weights[i][j] * x;
-              }
-            }
-          }
-        }
-      }
+      AddTaps<K, kRows, kColumns, kEdge, 0>(block, plane, next_plane, row_step, taps, first, sums);
     }
   }
   KS_UNROLL
