@@ -1042,7 +1042,8 @@ void LayPoints(const Parameters& p, const Table& table, const float* filter, con
 
 // A row of kTileColumns results of one channel: floats, an odd number of vectors.
 constexpr int64_t kResultRow = (kTileColumns | 1) * kLanes;
-constexpr int64_t kStoredTogether = 4 * kLanes;  // Result channels.
+// Result channels: whole cache lines of a pixel, several of them, while their sums are near.
+constexpr int64_t kStoredTogether = kLanes == 16 ? 64 : 128;
 
 // A row of a tile from its sums in the points, which are `rows` vectors apart.
 KS_INLINE void SumsOfRow(const float* from, int64_t rows, Vec (&results)[kTileColumns]) {
