@@ -1127,6 +1127,12 @@ void ComputePoints(Work& work, int64_t begin, int64_t end, const float* planes) 
 
 constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
 
+// Floats, rounded up to an odd number of cache lines: what lies that far apart does not fall into
+// the same cache sets.
+KS_INLINE int64_t OddLines(int64_t floats) {
+  return (CeilDiv(floats, kLineFloats) | 1) * kLineFloats;
+}
+
 // Bytes of a result that its reader will not find in a near cache.
 constexpr int64_t kStreamFrom = 8 << 20;
 constexpr double kNearBytes = 400 << 10;  // Of planes and sums that stay in the L2 cache,
@@ -1180,11 +1186,19 @@ double ShareBetween(double bytes, double begin, double end) {
   return share < 0 ? 0.0 : share > 1 ? 1.0 : share;
 }
 
+// Kilobytes between which more and more of what is loaded comes from the L2 cache, or from beyond.
+// CPUs with vectors of 64 bytes have an L2 cache of 1 MB and more, others often one of 512 KB.
+struct CacheSteps {
+  double near_begin, near_end, far_begin, far_end;
+};
+constexpr CacheSteps kCacheSteps =
+    kLanes == 16 ? CacheSteps{34, 104, 286, 2050} : CacheSteps{24, 80, 143, 1025};
+
 // Cycles to load a vector in random order: out of `near` bytes that are used for a while, of `far`
-// in all. The steps are those from the L1 to the L2 cache and beyond.
+// in all.
 double LoadCost(double near, double far) {
-  return 0.8 + ShareBetween(near / 1024, 34, 104) * 1.05 +
-         ShareBetween(far / 1024, 286, 2050) * 1.86;
+  return 0.8 + ShareBetween(near / 1024, kCacheSteps.near_begin, kCacheSteps.near_end) * 1.05 +
+         ShareBetween(far / 1024, kCacheSteps.far_begin, kCacheSteps.far_end) * 1.86;
 }
 
 KS_INLINE double Larger(double a, double b) { return a > b ? a : b; }
@@ -1361,7 +1375,7 @@ void ChoosePixels(int64_t kept, Parameters* p) {
         if (parts > 1 && CeilDiv(vectors, parts) == CeilDiv(vectors, parts - 1)) continue;
         const bool whole = parts == 1;
         const double near =
-            static_cast<double>(CeilDiv(vectors, parts) * kLanes * (size | 1) * kLanes * 4);
+            static_cast<double>(CeilDiv(vectors, parts) * kLanes * OddLines(size * kLanes) * 4);
         const double fill = pixels * static_cast<double>(p->channels) *
                             (whole                    ? 10.5
                              : groups < kSharedGroups ? 18
@@ -1448,10 +1462,10 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
   }
   // A plane is an odd number of cache lines, so that the planes of different channels do not fall
   // into the same cache sets; so are the sums of a channel.
-  p.plane_size = (CeilDiv(p.plane_rows * p.plane_columns * kLanes, 16) | 1) * 16;
+  p.plane_size = OddLines(p.plane_rows * p.plane_columns * kLanes);
   if (p.points > 0) {
-    p.plane_size = RoundUp(p.points * p.plane_rows * kLanes, 16);
-    p.set_size = (p.channels * p.plane_size / 16 | 1) * 16;
+    p.plane_size = RoundUp(p.points * p.plane_rows * kLanes, kLineFloats);
+    p.set_size = OddLines(p.channels * p.plane_size);
   }
   if (p.pointwise && p.channels > INT32_MAX / p.plane_size) return 0;
   p.lead = (Max(0, p.pad_top + p.origin_row) * (p.points > 0 ? 1 : p.plane_columns) +
@@ -1463,7 +1477,7 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
   const int64_t tile_vectors = p.points > 0   ? p.region_rows * kPoints
                                : p.parts == 1 ? block_pixels
                                               : pixels;
-  p.tile_stride = (CeilDiv(tile_vectors * kLanes, 16) | 1) * 16;
+  p.tile_stride = OddLines(tile_vectors * kLanes);
   const int64_t taps = p.kernel_height * p.kernel_width;
   const int64_t fill = p.plane_rows * p.plane_columns * 5;
   const int64_t empty = pixels * 6 * p.out_channels;
