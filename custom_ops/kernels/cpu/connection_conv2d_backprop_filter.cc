@@ -26,8 +26,12 @@ constexpr int64_t kChannelsBytes = 672 * 1024;
 constexpr int64_t kMostPositions = 160;
 constexpr int64_t kTileBytes = 20 * 1024;
 constexpr int64_t kFewTapsBytes = 54 * 1024;
-constexpr int64_t kFewTapsPositions = 13;
 KS_INLINE bool FewTaps(double taps) { return taps < 3; }
+// Shorter vectors leave room for more of them, which pays where an output channel has several
+// connections from the input channels of a block.
+KS_INLINE int64_t FewTapsPositions(double density) {
+  return kLanes == 16 || density < 0.07 ? 13 : 26;
+}
 
 // Few groups are all packed first, for several threads to share. Planes that take more than the
 // second-level cache then wait in the third.
@@ -417,8 +421,9 @@ bool CutsEvenly(int64_t axis, int64_t size) { return CeilDiv(axis, CeilDiv(axis,
 // Cuts the grid into the regions that look cheapest, in clock cycles.
 void ChooseRegions(const KsGeometry& view, const Grid& grid, double taps, double kept,
                    double out_channels, Parameters* parameters) {
+  const double density = kept / (static_cast<double>(grid.channels) * out_channels + 1);
   const int64_t most_positions =
-      FewTaps(taps) ? kFewTapsPositions
+      FewTaps(taps) ? FewTapsPositions(density)
                     : Max(kMostPositions, 3 * (grid.reach_height + 1) * (grid.reach_width + 1));
   const bool three = parameters->window_columns == 3 && IsThreeByThree(view);
   const int64_t most_columns = three                        ? kMaxColumnsOfThree
