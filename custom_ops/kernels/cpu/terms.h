@@ -256,11 +256,11 @@ KS_INLINE int64_t TapOffset(const KsGeometry& geometry, const Tiles& tiles, int6
          j * geometry.dilation_width * tiles.pixel_stride;
 }
 
-// Chooses tiles of about `tile_bytes`. They are copied where taps leave the image, unless
-// !may_copy: the caller then keeps to the taps inside. Returns false when there is nothing to
-// compute or even one row takes too much memory. Depends on sizes only.
+// Chooses tiles of about `tile_bytes`. They are copied where taps leave the image, or always,
+// unless !may_copy: the caller then keeps to the taps inside. Returns false when there is nothing
+// to compute or even one row takes too much memory. Depends on sizes only.
 KS_INLINE bool PlanTiles(const KsGeometry& geometry, bool may_copy, Tiles* tiles,
-                         int64_t tile_bytes = kTileBytes) {
+                         int64_t tile_bytes = kTileBytes, bool always_copy = false) {
   const Grid grid = ForwardGrid(geometry);
   if (grid.batch <= 0 || grid.rows <= 0 || grid.columns <= 0) return false;
   const double least = 4.0 * (static_cast<double>(grid.reach_height) + 1) *
@@ -270,8 +270,8 @@ KS_INLINE bool PlanTiles(const KsGeometry& geometry, bool may_copy, Tiles* tiles
   tiles->grid = grid;
   const int64_t read_width = (grid.columns - 1) * grid.step_width + grid.reach_width + 1;
   const int64_t read_height = (grid.rows - 1) * grid.step_height + grid.reach_height + 1;
-  tiles->copied = may_copy && (grid.pad_top > 0 || grid.pad_left > 0 || read_width > grid.width ||
-                               read_height > grid.height);
+  tiles->copied = may_copy && (always_copy || grid.pad_top > 0 || grid.pad_left > 0 ||
+                               read_width > grid.width || read_height > grid.height);
   if (tiles->copied) {
     // An odd number of cache lines to a pixel: neighbours do not fall into the same cache sets.
     tiles->pixel_stride =

@@ -8,6 +8,9 @@
 // fill their blocks: then an axis is left whole, and tiles of the input are copied with their
 // padding instead.
 //
+// With one tap, the kept channels of the pixels of a tile may be gathered first: all panels then
+// read few cache lines, and pixels that are a power of two apart do not meet in few cache sets.
+//
 // Kept rows are taken in the order (channel / 16, tap, channel): neighbouring terms then read the
 // same cache line of a pixel. W' is packed into panels in that order, and a panel is cut into
 // chunks that stay in the second-level cache while all pixels of a tile pass by.
@@ -26,6 +29,7 @@ namespace {
 
 struct Parameters {
   Tiles tiles;
+  int64_t gathered;              // 1: a copied pixel is its kept channels.
   int64_t shared_tiles;          // 1: tiles are copied once, to memory of the whole call.
   int64_t splits;                // Parts of the panels, one item each.
   int64_t split;                 // The axes that are cut into spans.
@@ -35,6 +39,25 @@ struct Parameters {
   int64_t fetch_out;  // See Sums.
   int64_t x_ahead;    // See Sums.
 };
+
+// Whether there is one tap, which meets an input pixel at every output pixel.
+bool MayGather(const KsGeometry& g) {
+  return g.kernel_height == 1 && g.kernel_width == 1 && g.pad_top == 0 && g.pad_left == 0 &&
+         (g.out_height - 1) * g.stride_height < g.in_height &&
+         (g.out_width - 1) * g.stride_width < g.in_width;
+}
+
+// The convolution as tiles see it, which is one of gathered pixels where they are.
+KsGeometry View(const KsArguments& arguments, int64_t gathered) {
+  KsGeometry view = arguments.geometry;
+  if (!gathered) return view;
+  view.in_height = view.out_height;
+  view.in_width = view.out_width;
+  view.in_channels = arguments.kept;
+  view.stride_height = view.stride_width = 1;
+  view.dilation_height = view.dilation_width = 1;
+  return view;
+}
 
 struct Spans {
   Span rows[kMostSpans], columns[kMostSpans];
@@ -138,10 +161,11 @@ void MakeClasses(const KsArguments& arguments, const Parameters& parameters, con
             j >= columns.tap_end) {
           continue;
         }
-        terms[count++] = {static_cast<int32_t>(TapOffset(geometry, tiles, i - rows.tap_begin,
-                                                         j - columns.tap_begin) +
-                                               index % geometry.in_channels),
-                          static_cast<int32_t>(t)};
+        const int64_t x = parameters.gathered ? t
+                                              : TapOffset(geometry, tiles, i - rows.tap_begin,
+                                                          j - columns.tap_begin) +
+                                                    index % geometry.in_channels;
+        terms[count++] = {static_cast<int32_t>(x), static_cast<int32_t>(t)};
       }
       while (chunk <= parameters.chunks) chunks[chunk++] = static_cast<int32_t>(count);
       terms += arguments.kept;
@@ -159,10 +183,34 @@ void MakeClasses(const KsArguments& arguments, const Parameters& parameters, con
   }
 }
 
+// Copies rows [begin, end) of a tile, which count on over its images: all channels of all pixels
+// with the padding, or what is gathered of them.
+void CopyTileRows(const KsArguments& arguments, const Parameters& parameters, const int32_t* order,
+                  const Tile& tile, int64_t begin, int64_t end, float* target) {
+  const Tiles& tiles = parameters.tiles;
+  if (!parameters.gathered) {
+    CopyRows(tiles, tile, arguments.input, begin, end, target);
+    return;
+  }
+  const KsGeometry& g = arguments.geometry;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t image = tile.first_image + r / tiles.padded_rows;
+    const int64_t y = (tile.first_row + r % tiles.padded_rows) * g.stride_height;
+    if (y >= g.in_height) continue;  // A last tile has fewer rows.
+    const float* pixel = arguments.input + (image * g.in_height + y) * g.in_width * g.in_channels;
+    float* to = target + r * tiles.row_stride;
+    for (int64_t c = 0; c < g.out_width; ++c) {
+      for (int64_t k = 0; k < arguments.kept; ++k) to[k] = pixel[arguments.indices[order[k]]];
+      pixel += g.stride_width * g.in_channels;
+      to += tiles.pixel_stride;
+    }
+  }
+}
+
 void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Spans& spans,
                  const Prepared& prepared, const SumFunctions& functions, const Tile& tile,
                  const float* x, int64_t panel_begin, int64_t panel_end) {
-  const KsGeometry& geometry = arguments.geometry;
+  const KsGeometry geometry = View(arguments, parameters.gathered);
   const Tiles& tiles = parameters.tiles;
   const Panels panels = MakePanels(geometry.out_channels);
   const int64_t pad_top = tiles.copied ? 0 : geometry.pad_top;
@@ -219,9 +267,26 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
   }
 }
 
+// What reading a pixel costs beside its products with one tap, in cycles: every panel reads all
+// cache lines that hold kept channels, or gathered ones. Gathering waits for memory.
+double OneTapCost(const KsArguments& arguments, bool gathered, int64_t apart, int64_t panels) {
+  const KsGeometry& geometry = arguments.geometry;
+  const double channels = static_cast<double>(geometry.in_channels);
+  const double kept = static_cast<double>(arguments.kept);
+  double missed = 1;  // The share of lines without a kept channel.
+  for (int64_t i = 0; i < kLineFloats; ++i) missed *= 1 - kept / (channels > 1 ? channels : 1);
+  const double lines = (1 - missed) * channels / kLineFloats;
+  const double passes = static_cast<double>(panels);
+  if (!gathered) return passes * lines * (apart % 2048 == 0 ? 1.8 : apart % 1024 == 0 ? 1.5 : 0.8);
+  const double bytes =
+      4.0 * static_cast<double>(geometry.batch) * geometry.in_height * geometry.in_width * channels;
+  return 12 + kept * 1.4 + passes * kept / kLineFloats * 0.8 +
+         (bytes > static_cast<double>(kFetchFrom) ? lines * 6 : 0.0);
+}
+
 // About what a group of tiles with all rows costs, in cycles.
 double GroupCost(const KsArguments& arguments, const Parameters& parameters, const Spans& spans) {
-  const KsGeometry& geometry = arguments.geometry;
+  const KsGeometry geometry = View(arguments, parameters.gathered);
   const Tiles& tiles = parameters.tiles;
   const Panels panels = MakePanels(geometry.out_channels);
   const int64_t vectors = PanelAt(panels, 0).vectors;
@@ -241,12 +306,17 @@ double GroupCost(const KsArguments& arguments, const Parameters& parameters, con
     }
   }
   cycles *= static_cast<double>(panels.count);
+  // Pixels a large power of two apart meet in few sets of the first-level cache.
+  const int64_t apart = tiles.pixel_stride * 4;
+  if (MayGather(arguments.geometry)) {
+    return cycles + static_cast<double>(tiles.images * tiles.row_tiles * tiles.rows) *
+                        static_cast<double>(tiles.grid.columns) *
+                        OneTapCost(arguments, parameters.gathered, apart, panels.count);
+  }
   if (tiles.copied) {
     return cycles + static_cast<double>(tiles.images * tiles.row_tiles * tiles.padded_rows) *
                         tiles.row_stride * (8.0 / 16);
   }
-  // Pixels a large power of two apart meet in few sets of the first-level cache.
-  const int64_t apart = tiles.pixel_stride * 4;
   return cycles * (apart % 2048 == 0 ? 1.15 : apart % 1024 == 0 ? 1.04 : 1.01);
 }
 
@@ -259,15 +329,18 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   Parameters parameters = {};
   Spans spans;
   double best = -1;
-  // The input in place, then copies of it for all ways to cut the axes.
-  for (int way = 4; way >= 0; --way) {
+  // The input in place, then copies of it for all ways to cut the axes, then gathered.
+  for (int way = 4; way >= -1; --way) {
     Parameters candidate = {};
     Spans candidate_spans;
-    candidate.split = Min(way, kSplitRows | kSplitColumns);
-    if (!SetSpans(geometry, &candidate, &candidate_spans)) continue;
+    candidate.gathered = way < 0;
+    if (candidate.gathered && !MayGather(geometry)) continue;
+    const KsGeometry view = View(*arguments, candidate.gathered);
+    candidate.split = Max(0, Min(way, kSplitRows | kSplitColumns));
+    if (!SetSpans(view, &candidate, &candidate_spans)) continue;
     const int64_t classes = candidate.row_spans * candidate.col_spans;
     if (way > 0 && classes * arguments->kept * 8 > kMostTermBytes) continue;
-    if (!PlanTiles(geometry, way < 4, &candidate.tiles)) return 0;
+    if (!PlanTiles(view, way < 4, &candidate.tiles, kTileBytes, candidate.gathered)) return 0;
     const double cost = GroupCost(*arguments, candidate, candidate_spans) * candidate.tiles.groups;
     if (best >= 0 && cost >= best) continue;
     best = cost;
@@ -333,7 +406,7 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
   Parameters parameters = LoadParameters<Parameters>(plan);
   const Tiles& tiles = parameters.tiles;
   Spans spans;
-  SetSpans(arguments->geometry, &parameters, &spans);
+  SetSpans(View(*arguments, parameters.gathered), &parameters, &spans);
   const Prepared prepared = PlacePrepared(*arguments, parameters, spans, *memory);
   float* const shared_tiles = static_cast<float*>(memory->shared);
   const int64_t tile_size = TileBytes(tiles) / 4;
@@ -354,7 +427,8 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
       const int64_t row = item % tile_rows;
       const Tile tile = TileAt(tiles, tile_index);
       if (row >= tile.images * tiles.padded_rows) continue;
-      CopyRows(tiles, tile, arguments->input, row, row + 1, shared_tiles + tile_index * tile_size);
+      CopyTileRows(*arguments, parameters, prepared.order, tile, row, row + 1,
+                   shared_tiles + tile_index * tile_size);
     }
     return;
   }
@@ -370,7 +444,8 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
     if (parameters.shared_tiles) {
       copy = shared_tiles + tile_index * tile_size;
     } else if (tiles.copied) {
-      CopyRows(tiles, tile, arguments->input, 0, tile.images * tiles.padded_rows, copy);
+      CopyTileRows(*arguments, parameters, prepared.order, tile, 0, tile.images * tiles.padded_rows,
+                   copy);
     }
     ComputeTile(*arguments, parameters, spans, prepared, functions, tile,
                 TileData(tiles, tile, arguments->input, copy),
