@@ -34,6 +34,13 @@ KS_INLINE double TermCost(double points, double blocks, int64_t vectors) {
   return products > least ? products : least;
 }
 
+// Whether a result of `bytes` goes past the caches: if panels are whole cache lines of it, as
+// memory would take parts of them one by one.
+KS_INLINE bool Streams(const KsGeometry& geometry, double bytes) {
+  return bytes >= kStreamFrom && geometry.out_channels % kLineFloats == 0 &&
+         kPanelVectors * kLanes % kLineFloats == 0;
+}
+
 // Neighbouring rows (or columns) of the output with the same taps inside the image.
 struct Span {
   int64_t begin, end;          // Rows of the output.

@@ -184,9 +184,9 @@ void MakeClasses(const KsArguments& arguments, const Parameters& parameters, con
 }
 
 // Copies rows [begin, end) of a tile, which count on over its images: all channels of all pixels
-// with the padding, or what is gathered of them.
-void CopyTileRows(const KsArguments& arguments, const Parameters& parameters, const int32_t* order,
-                  const Tile& tile, int64_t begin, int64_t end, float* target) {
+// with the padding, or what is gathered of them. With one tap rows are sorted as they come.
+void CopyTileRows(const KsArguments& arguments, const Parameters& parameters, const Tile& tile,
+                  int64_t begin, int64_t end, float* target) {
   const Tiles& tiles = parameters.tiles;
   if (!parameters.gathered) {
     CopyRows(tiles, tile, arguments.input, begin, end, target);
@@ -200,7 +200,7 @@ void CopyTileRows(const KsArguments& arguments, const Parameters& parameters, co
     const float* pixel = arguments.input + (image * g.in_height + y) * g.in_width * g.in_channels;
     float* to = target + r * tiles.row_stride;
     for (int64_t c = 0; c < g.out_width; ++c) {
-      for (int64_t k = 0; k < arguments.kept; ++k) to[k] = pixel[arguments.indices[order[k]]];
+      for (int64_t k = 0; k < arguments.kept; ++k) to[k] = pixel[arguments.indices[k]];
       pixel += g.stride_width * g.in_channels;
       to += tiles.pixel_stride;
     }
@@ -370,8 +370,7 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   }
   const double result = 4.0 * static_cast<double>(geometry.batch) * geometry.out_height *
                         geometry.out_width * geometry.out_channels;
-  parameters.stream =
-      parameters.chunks == 1 && geometry.out_channels % kLanes == 0 && result >= kStreamFrom;
+  parameters.stream = parameters.chunks == 1 && Streams(geometry, result);
   parameters.fetch_out = !parameters.stream && result >= static_cast<double>(kFetchFrom);
 
   KsStage* stage = plan->stages;
@@ -427,13 +426,13 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
       const int64_t row = item % tile_rows;
       const Tile tile = TileAt(tiles, tile_index);
       if (row >= tile.images * tiles.padded_rows) continue;
-      CopyTileRows(*arguments, parameters, prepared.order, tile, row, row + 1,
+      CopyTileRows(*arguments, parameters, tile, row, row + 1,
                    shared_tiles + tile_index * tile_size);
     }
     return;
   }
 
-  if (reinterpret_cast<uintptr_t>(arguments->output) % sizeof(Vec) != 0) parameters.stream = 0;
+  if (reinterpret_cast<uintptr_t>(arguments->output) % KS_ALIGNMENT != 0) parameters.stream = 0;
   const SumFunctions functions = AllSumFunctions();
   const int64_t panels = MakePanels(arguments->geometry.out_channels).count;
   for (int64_t item = begin; item < end; ++item) {
@@ -444,8 +443,7 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
     if (parameters.shared_tiles) {
       copy = shared_tiles + tile_index * tile_size;
     } else if (tiles.copied) {
-      CopyTileRows(*arguments, parameters, prepared.order, tile, 0, tile.images * tiles.padded_rows,
-                   copy);
+      CopyTileRows(*arguments, parameters, tile, 0, tile.images * tiles.padded_rows, copy);
     }
     ComputeTile(*arguments, parameters, spans, prepared, functions, tile,
                 TileData(tiles, tile, arguments->input, copy),

@@ -665,7 +665,7 @@ int ThinnedConv2DWinogradPlan(const KsArguments* arguments, KsPlan* plan) {
                         geometry.out_width * geometry.out_channels;
   const double input = 4.0 * static_cast<double>(geometry.batch) * geometry.in_height *
                        geometry.in_width * geometry.in_channels;
-  parameters.stream = geometry.out_channels % kLanes == 0 && result >= kStreamFrom;
+  parameters.stream = Streams(geometry, result);
   parameters.fetch_input = input >= static_cast<double>(kFetchFrom);
   parameters.fetch_output = !parameters.stream && result >= static_cast<double>(kFetchFrom);
 
@@ -741,7 +741,7 @@ void ThinnedConv2DWinogradRun(const KsArguments* arguments, const KsPlan* plan, 
     return;
   }
 
-  if (reinterpret_cast<uintptr_t>(arguments->output) % sizeof(Vec) != 0) parameters.stream = 0;
+  if (reinterpret_cast<uintptr_t>(arguments->output) % KS_ALIGNMENT != 0) parameters.stream = 0;
   const SumFunctions functions = AllSumFunctions();
   const int64_t panels = MakePanels(geometry.out_channels).count;
   float* const sums = static_cast<float*>(memory->scratch);
