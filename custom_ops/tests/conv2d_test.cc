@@ -415,6 +415,30 @@ TEST(Routines, ThinnedTiles) {
   CheckAll(cases);
 }
 
+// One tap with few of many channels, which are gathered: for all threads at first, or tile by tile.
+TEST(Routines, ThinnedGathered) {
+  std::vector<Case> cases;
+  for (int64_t out : {130, 528}) {
+    for (double density : {0.004, 0.05, 0.1}) {
+      Case c{1, 9, 7, 300, out, 1, 1};
+      c.density = density;
+      cases.push_back(c);
+      c.stride_height = 2;
+      c.stride_width = 3;
+      cases.push_back(c);
+      c.batch = 33;  // Several images to a tile.
+      cases.push_back(c);
+    }
+  }
+  Case rows{4, 64, 40, 300, 130, 1, 1};  // Several tiles to an image, the last with fewer rows.
+  rows.density = 0.05;
+  cases.push_back(rows);
+  rows = {4, 65, 80, 300, 528, 1, 1, 2, 3};
+  rows.density = 0.02;
+  cases.push_back(rows);
+  CheckAll(cases);
+}
+
 // Regions, groups, channel blocks and parts of the connection filter gradient.
 TEST(Routines, FilterGradientRegions) {
   std::vector<Case> cases;
