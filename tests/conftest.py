@@ -38,6 +38,22 @@ def restored_dtype_policy():
 
 
 @pytest.fixture(scope="session")
+def channels_first_on_cpu():
+    """Skip a test whose expected values are those of a Keras model that runs `channels_first` on a CPU.
+
+    TensorFlow does so only where it uses oneDNN by default, which depends on the CPU.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    try:
+        tf.nn.conv2d(tf.zeros((1, 1, 2, 2)), tf.zeros((1, 1, 1, 1)), 1, "SAME", data_format="NCHW")
+    except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError):
+        pytest.skip("this TensorFlow has no channels_first convolution on a CPU")
+
+
+@pytest.fixture(scope="session")
 def run_python():
     """Return a function that runs a script in a fresh process and returns what it printed."""
 

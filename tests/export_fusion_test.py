@@ -175,7 +175,7 @@ def test_other_layers_stay(tmp_path):
     check(tmp_path, keras.Model(inputs, x))
 
 
-def test_groups_and_channels_first(tmp_path):
+def test_channels_first(tmp_path, channels_first_on_cpu):
     inputs = keras.Input((4, 8, 7))
     options = dict(data_format="channels_first", use_bias=False)
     x = L.ZeroPadding2D(((1, 0), (2, 1)), data_format="channels_first")(inputs)
@@ -184,6 +184,9 @@ def test_groups_and_channels_first(tmp_path):
     last = ks.layers.SparseConv2D(3, 3, data_format="channels_first", activation="softmax")
     model = randomized(keras.Model(inputs, last(x)))
     check(tmp_path, model)
+
+
+def test_groups(tmp_path):
     inputs = keras.Input((8, 7, 4))
     check(tmp_path, keras.Model(inputs, L.ReLU()(L.BatchNormalization()(conv(6, groups=2)(inputs)))))
 

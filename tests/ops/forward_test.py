@@ -202,18 +202,27 @@ def test_huge_dilation_takes_no_memory():
 
 
 @pytest.mark.parametrize(("channels", "density"), [(32, 1.0), (64, 0.5), (256, 0.1)])
-def test_minimal_filtering_is_about_as_accurate_as_dense(channels, density):
-    """3x3 tables of many channels run as F(4, 3); with its customary points errors would be twice the dense ones."""
+def test_minimal_filtering_is_about_as_accurate_as_direct_sums(channels, density):
+    """3x3 tables of many channels run as F(4, 3); with its customary points errors would be twice those of plain sums.
+
+    TensorFlow's own errors depend on the CPU: it runs oneDNN on some and Eigen, whose sums are shorter, on others.
+    """
     generator = oracle.rng(9, channels)
     kernel, filter, row_splits, input_channels = oracle.connection_table(generator, density, (3, 3), channels, 64)
     inputs = generator.standard_normal((4, 16, 16, channels)).astype(np.float32)
     expected = oracle.conv2d(inputs, kernel, padding="same")
+    padded = np.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    direct = np.zeros(expected.shape, np.float32)
+    for s in range(channels):
+        for i in range(3):
+            for j in range(3):
+                direct += padded[:, i : i + 16, j : j + 16, s, None] * kernel[i, j, s]
 
     def error(actual):
         return np.sqrt(np.mean((np.asarray(actual, np.float64) - expected) ** 2))
 
     sparse = ops.connection_conv2d(inputs, filter, row_splits, input_channels, padding="same")
-    assert error(sparse) < 1.7 * error(tf.nn.conv2d(inputs, kernel, 1, "SAME"))
+    assert error(sparse) < 1.7 * error(direct)
 
 
 def test_library_path():

@@ -637,7 +637,7 @@ def test_data_types(policy, tolerance):
     assert_same(model, small, tolerance)
 
 
-def test_channels_first():
+def test_channels_first(channels_first_on_cpu):
     model = sequential(
         layers.Conv2D(8, 3, name="first", activation="relu", data_format="channels_first"),
         layers.BatchNormalization(axis=1),

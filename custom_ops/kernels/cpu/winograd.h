@@ -11,7 +11,7 @@
 // channels, taps once for all tiles, sums back once for all source channels.
 //
 // The points are 0, +-3/4, +-3/2 and infinity. They balance the sizes of the products: rounding
-// errors are about 1.4 times those of a dense convolution in TensorFlow
+// errors are about 1.5 times those of sums of one product after the other
 // (tests/ops/forward_test.py), where the customary 0, +-1, +-2 and infinity make it 2. A value that
 // is not finite reaches all results of its tile.
 
