@@ -1127,14 +1127,6 @@ void ComputePoints(Work& work, int64_t begin, int64_t end, const float* planes) 
 
 constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
 
-// Floats, rounded up to an odd number of cache lines: what lies that far apart does not fall into
-// the same cache sets.
-KS_INLINE int64_t OddLines(int64_t floats) {
-  return (CeilDiv(floats, kLineFloats) | 1) * kLineFloats;
-}
-
-// Bytes of a result that its reader will not find in a near cache.
-constexpr int64_t kStreamFrom = 8 << 20;
 constexpr double kNearBytes = 400 << 10;  // Of planes and sums that stay in the L2 cache,
 constexpr double kOnceBytes = 600 << 10;  // and of those that do not.
 constexpr int64_t kSharedGroups = 8;      // With fewer groups, threads share their planes.

@@ -74,12 +74,12 @@ constexpr int64_t kCacheBudget = 512 * 1024;          // Bytes of planes worked 
 constexpr int64_t kScratchLimit = 256 * 1024 * 1024;  // Above, a routine declines.
 constexpr int64_t kWantedItems = 16;                  // Independent pieces of work, if possible.
 
-// The sizes of planes with `rows` rows. A plane is an odd number of cache lines, so that the planes
-// of different channels do not fall into the same cache sets.
+// The sizes of planes with `rows` rows. Planes of different channels are an odd number of cache
+// lines apart.
 KS_INLINE void SizePlanes(int64_t row_length, int64_t rows, Planes* planes) {
   planes->row_length = row_length;
   planes->phase_size = row_length * rows;
-  planes->channel_size = (CeilDiv(planes->phase_size * planes->phases, 16) | 1) * 16;
+  planes->channel_size = OddLines(planes->phase_size * planes->phases);
 }
 
 KS_INLINE void LayoutPlanes(const Grid& grid, int64_t images, int64_t tile_rows, Planes* planes) {

@@ -44,7 +44,8 @@ struct Sums {
   int64_t w_stride;  // Floats between rows.
   const Term* terms;
   int64_t num_terms;
-  int64_t ahead;    // Floats from a row to what is wanted next: fetched, a cache line to a block.
+  int64_t ahead;    // Floats from a row to what is wanted next: fetched by the first blocks, which
+                    // take a cache line each; 0: nothing is.
   int64_t x_ahead;  // Floats from what is read to what is fetched for later blocks; 0: nothing is.
   float* out;
   bool add;     // To what `out` holds.
@@ -99,7 +100,11 @@ KS_INLINE void StoreSums(const Sums& sums, float* const* outs, Vec (&block)[kCou
   }
 }
 
-template <int kCount, int kVectors, bool kFetch>
+// What is fetched while terms are summed up. Each fetch takes the place of a load, of which a term
+// has nearly as many as the CPU does in the time of its products.
+enum { kFetchNone, kFetchRows, kFetchRowsAndPoints, kFetchKinds };
+
+template <int kCount, int kVectors, int kFetch>
 void SumTerms(const Sums& sums, const float* const* points, float* const* outs) {
   const float* x[kCount];
   KS_UNROLL
@@ -120,8 +125,8 @@ void SumTerms(const Sums& sums, const float* const* points, float* const* outs) 
   for (const Term* term = sums.terms; term != last; ++term) {
     const float* row = w + term->row * w_stride;
     const int64_t at = term->x;
-    __builtin_prefetch(row + ahead);
-    if (kFetch) {
+    if (kFetch != kFetchNone) __builtin_prefetch(row + ahead);
+    if (kFetch == kFetchRowsAndPoints) {
       KS_UNROLL
       for (int p = 0; p < kCount; ++p) __builtin_prefetch(x[p] + (at + x_ahead));
     }
@@ -140,13 +145,15 @@ void SumTerms(const Sums& sums, const float* const* points, float* const* outs) 
 
 typedef void (*SumFunction)(const Sums&, const float* const*, float* const*);
 struct SumFunctions {
-  SumFunction of[2][kPanelVectors + 1][kMostPoints + 1];  // [1]: fetch the next points.
+  SumFunction of[kFetchKinds][kPanelVectors + 1][kMostPoints + 1];
 };
 template <int kVectors, int kCount>
 struct FillSumFunctions {
   static void Run(SumFunctions* functions) {
-    functions->of[0][kVectors][kCount] = SumTerms<kCount, kVectors, false>;
-    functions->of[1][kVectors][kCount] = SumTerms<kCount, kVectors, true>;
+    functions->of[kFetchNone][kVectors][kCount] = SumTerms<kCount, kVectors, kFetchNone>;
+    functions->of[kFetchRows][kVectors][kCount] = SumTerms<kCount, kVectors, kFetchRows>;
+    functions->of[kFetchRowsAndPoints][kVectors][kCount] =
+        SumTerms<kCount, kVectors, kFetchRowsAndPoints>;
     FillSumFunctions<kVectors, kCount - 1>::Run(functions);
   }
 };
@@ -190,7 +197,7 @@ KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, cons
   const int64_t few = count / Max(1, blocks), rest = count % Max(1, blocks);
   const int64_t ahead = sums.ahead;
   const int64_t width = panel.vectors * kLanes;
-  const SumFunction* const of = functions.of[sums.x_ahead != 0][panel.vectors];
+  const int64_t lines = width / kLineFloats + 1;  // Of a row, wherever it begins.
   const Epilogue* const epilogue = sums.epilogue;
   if (panel.channels < width) sums.epilogue = nullptr;
   float lanes[kMostPoints * kPanelVectors * kLanes];
@@ -203,9 +210,13 @@ KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, cons
       to[p] = sums.out + points[p].out;
     }
     points += here;
-    sums.ahead = ahead + b % (width / 16 + 1) * 16;
+    sums.ahead = ahead + b % lines * kLineFloats;
+    const int fetch = sums.x_ahead != 0         ? kFetchRowsAndPoints
+                      : ahead != 0 && b < lines ? kFetchRows
+                                                : kFetchNone;
+    const SumFunction function = functions.of[fetch][panel.vectors][here];
     if (panel.channels == width) {
-      of[here](sums, from, to);
+      function(sums, from, to);
       continue;
     }
     float* padded[kMostPoints];
@@ -215,7 +226,7 @@ KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, cons
       memset(padded[p], 0, width * 4);
       for (int64_t c = 0; c < panel.channels; ++c) padded[p][c] = to[p][c];
     }
-    of[here](sums, from, padded);
+    function(sums, from, padded);
     for (int64_t p = 0; p < here; ++p) {
       for (int64_t c = 0; c < panel.channels; ++c) {
         float sum = padded[p][c];
@@ -256,6 +267,17 @@ KS_INLINE int64_t TapOffset(const KsGeometry& geometry, const Tiles& tiles, int6
          j * geometry.dilation_width * tiles.pixel_stride;
 }
 
+// Cuts the batch: of several images, `rows` are all.
+KS_INLINE void CutTiles(int64_t rows, int64_t images, Tiles* tiles) {
+  const Grid& grid = tiles->grid;
+  tiles->rows = rows;
+  tiles->row_tiles = CeilDiv(grid.rows, rows);
+  tiles->padded_rows = (rows - 1) * grid.step_height + grid.reach_height + 1;
+  tiles->image_stride = (tiles->copied ? tiles->padded_rows : grid.height) * tiles->row_stride;
+  tiles->images = images;
+  tiles->groups = CeilDiv(grid.batch, images);
+}
+
 // Chooses tiles of about `tile_bytes`. They are copied where taps leave the image, or always,
 // unless !may_copy: the caller then keeps to the taps inside. Returns false when there is nothing
 // to compute or even one row takes too much memory. Depends on sizes only.
@@ -273,9 +295,7 @@ KS_INLINE bool PlanTiles(const KsGeometry& geometry, bool may_copy, Tiles* tiles
   tiles->copied = may_copy && (always_copy || grid.pad_top > 0 || grid.pad_left > 0 ||
                                read_width > grid.width || read_height > grid.height);
   if (tiles->copied) {
-    // An odd number of cache lines to a pixel: neighbours do not fall into the same cache sets.
-    tiles->pixel_stride =
-        grid.channels < 16 ? grid.channels : (CeilDiv(grid.channels, 16) | 1) * 16;
+    tiles->pixel_stride = grid.channels < kLineFloats ? grid.channels : OddLines(grid.channels);
     tiles->padded_width = read_width;
   } else {
     tiles->pixel_stride = grid.channels;
@@ -288,20 +308,15 @@ KS_INLINE bool PlanTiles(const KsGeometry& geometry, bool may_copy, Tiles* tiles
   const int64_t reach_bytes = 4 * tiles->row_stride * (grid.reach_height + 1);
   int64_t rows = Min(grid.rows, Max(1, (tile_bytes - reach_bytes) / row_bytes));
   rows = CeilDiv(grid.rows, CeilDiv(grid.rows, rows));
-  tiles->rows = rows;
-  tiles->row_tiles = CeilDiv(grid.rows, rows);
-  tiles->padded_rows = (rows - 1) * grid.step_height + grid.reach_height + 1;
-  tiles->image_stride = (tiles->copied ? tiles->padded_rows : grid.height) * tiles->row_stride;
-  tiles->images = 1;
+  CutTiles(rows, 1, tiles);
   if (tiles->row_tiles == 1) {
     // Enough pixels to use a row of the filter often, and then enough tiles for many threads.
     const int64_t most = Max(1, tile_bytes / (reach_bytes + grid.rows * row_bytes));
     const int64_t enough = CeilDiv(192, grid.rows * grid.columns);
-    tiles->images = Min(Min(grid.batch, most), Max(enough, grid.batch / kWantedItems));
+    const int64_t images = Min(Min(grid.batch, most), Max(enough, grid.batch / kWantedItems));
     // Terms count in 32 bits.
-    tiles->images = Max(1, Min(tiles->images, (int64_t{1} << 30) / Max(1, tiles->image_stride)));
+    CutTiles(rows, Max(1, Min(images, (int64_t{1} << 30) / Max(1, tiles->image_stride))), tiles);
   }
-  tiles->groups = CeilDiv(grid.batch, tiles->images);
   return true;
 }
 

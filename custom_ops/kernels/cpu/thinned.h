@@ -11,19 +11,17 @@
 namespace ks {
 namespace KS_ISA {
 
-constexpr int64_t kChunkBytes = 96 * 1024;  // Of a panel of W'.
-constexpr int64_t kRowsOfItem = 64;         // Kept rows packed at a time.
-constexpr int64_t kLineChannels = 16;
+constexpr int64_t kChunkBytes = 96 * 1024;   // Of a panel of W'.
+constexpr int64_t kRowsOfItem = 64;          // Kept rows packed at a time.
 constexpr int64_t kMostSpans = 9;            // Of an axis.
 constexpr int64_t kMostPositions = 4096;     // Of an axis: more are not worth looking at each.
 constexpr int64_t kMostTermBytes = 8 << 20;  // Of all classes.
-constexpr double kStreamFrom = 8e6;          // Bytes of a result too large for the caches.
 
 // Cycles to read a byte of W': since the last call other layers have driven it out of the caches.
 constexpr double kFilterByteCost = 0.09;
 
-// What ThinnedConv2DWinograd costs, in the cycles in which ThinnedConv2D estimates itself; negative
-// when it does not take the arguments.
+// What the faster one of ThinnedConv2DWinograd and ThinnedConv2DWinogradSquares costs, in the
+// cycles in which ThinnedConv2D estimates itself; negative when none takes the arguments.
 double ThinnedConv2DWinogradCost(const KsArguments& arguments);
 
 // A term for points in blocks takes as long as its products, as the loads of its values where a
@@ -37,7 +35,7 @@ KS_INLINE double TermCost(double points, double blocks, int64_t vectors) {
 // Whether a result of `bytes` goes past the caches: if panels are whole cache lines of it, as
 // memory would take parts of them one by one.
 KS_INLINE bool Streams(const KsGeometry& geometry, double bytes) {
-  return bytes >= kStreamFrom && geometry.out_channels % kLineFloats == 0 &&
+  return bytes >= static_cast<double>(kStreamFrom) && geometry.out_channels % kLineFloats == 0 &&
          kPanelVectors * kLanes % kLineFloats == 0;
 }
 

@@ -103,7 +103,7 @@ Prepared PlacePrepared(const KsArguments& arguments, const Parameters& parameter
   place.chunks = arena.Take<int32_t>(classes * (parameters.chunks + 1));
   place.points = arena.Take<Point>(AllClassPixels(parameters.tiles, parameters, spans));
   place.order = arena.Take<int32_t>(arguments.kept);
-  place.starts = arena.Take<int32_t>(CeilDiv(arguments.geometry.in_channels, kLineChannels) + 1);
+  place.starts = arena.Take<int32_t>(CeilDiv(arguments.geometry.in_channels, kLineFloats) + 1);
   place.panels = static_cast<float*>(memory.filter);
   return place;
 }
@@ -114,17 +114,17 @@ int64_t TableBytes(const KsArguments& arguments, const Parameters& parameters, c
          PieceBytes(classes * (parameters.chunks + 1), 4) +
          PieceBytes(AllClassPixels(parameters.tiles, parameters, spans), sizeof(Point)) +
          PieceBytes(arguments.kept, 4) +
-         PieceBytes(CeilDiv(arguments.geometry.in_channels, kLineChannels) + 1, 4);
+         PieceBytes(CeilDiv(arguments.geometry.in_channels, kLineFloats) + 1, 4);
 }
 
 // Sorts the kept rows by group of channels. `indices` increase: taps do too, within a group.
 void SortRows(const KsArguments& arguments, const Prepared& prepared) {
   const int64_t channels = Max(1, arguments.geometry.in_channels);
-  const int64_t groups = CeilDiv(channels, kLineChannels);
+  const int64_t groups = CeilDiv(channels, kLineFloats);
   memset(prepared.starts, 0, (groups + 1) * 4);
   for (int pass = 0; pass < 2; ++pass) {
     for (int64_t k = 0; k < arguments.kept; ++k) {
-      const int64_t group = arguments.indices[k] % channels / kLineChannels;
+      const int64_t group = arguments.indices[k] % channels / kLineFloats;
       if (pass == 0) {
         ++prepared.starts[group + 1];
       } else {

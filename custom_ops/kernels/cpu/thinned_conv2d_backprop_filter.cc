@@ -158,10 +158,8 @@ int ThinnedConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* plan) 
   const int64_t sums = arguments->kept * geometry.out_channels;
   const Panels panels = MakePanels(geometry.out_channels);
   parameters.plane_width = (grid.columns - 1) * grid.step_width + grid.reach_width + 1;
-  // An odd number of cache lines: planes do not fall into the same cache sets. The last
-  // vector of a plane may be stored past its pixels.
-  parameters.plane =
-      (CeilDiv(tiles.images * tiles.padded_rows * parameters.plane_width + kLanes, 16) | 1) * 16;
+  // The last vector of a plane may be stored past its pixels.
+  parameters.plane = OddLines(tiles.images * tiles.padded_rows * parameters.plane_width + kLanes);
   if (parameters.plane > int64_t{1} << 30) return 0;
 
   // Every part adds a result to sum up, every split reads out_backprop once more.

@@ -87,7 +87,6 @@ constexpr int kMostFlatRows = kRegisters == 32 ? 10 : 8;
 constexpr int64_t kFlatBytes = 640 * 1024;  // Of a tile: out_backprop and planes.
 constexpr int64_t kFlatPixels = 4 * kLanes * kFlatVectors;
 constexpr int64_t kSplitChannels = 16;
-constexpr double kStreamFrom = 8e6;  // Bytes of a result too large for the caches.
 
 typedef int32_t Mask __attribute__((vector_size(KS_VECTOR_BYTES)));
 
@@ -591,7 +590,8 @@ void FlatRun(const KsArguments& arguments, const FlatParameters& parameters, int
   const AddFunctions functions = AllAddFunctions();
   const double result =
       4.0 * static_cast<double>(parameters.batch) * parameters.in_image * geometry.in_channels;
-  const bool stream = result >= kStreamFrom && geometry.in_channels % kLanes == 0 &&
+  const bool stream = result >= static_cast<double>(kStreamFrom) &&
+                      geometry.in_channels % kLanes == 0 &&
                       reinterpret_cast<uintptr_t>(arguments.output) % sizeof(Vec) == 0;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t i = item / parameters.splits, split = item % parameters.splits;

@@ -1,20 +1,25 @@
 // Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
 //
-// Thinned convolution, forward, of kernels three taps wide at stride 1, by minimal filtering along
-// rows; see winograd.h.
+// Thinned convolution, forward, by minimal filtering at stride 1; see winograd.h. Two routines:
 //
-// A tap row is the three taps of an input channel in a row of the kernel. Where two or three of
-// them are kept, the tap row is one term at each of six points of a tile: six products for four
-// neighbouring results instead of eight or twelve. A tap that is kept alone stays a term of pixels,
-// as in ThinnedConv2D, with four.
+// ThinnedConv2DWinograd filters along rows, kernels three taps wide. A bundle is the three taps of
+// an input channel in a row of the kernel. Where two or three of them are kept, the bundle is one
+// term at each of six points: six products for four neighbouring results instead of eight or
+// twelve.
+//
+// ThinnedConv2DWinogradSquares filters along rows and columns, kernels of 3x3 taps. A bundle is the
+// nine taps of an input channel. Where three of them or more are kept, it is one term at each of 36
+// points: 36 products for a square of 4x4 results instead of 48 to 144.
+//
+// Taps of which a bundle has too few stay terms of pixels, as in ThinnedConv2D.
 //
 // The input is transformed a tile of the batch at a time, point after point. Of each point, the
-// sums over tap rows go to scratch, a panel of result channels at a time; so do the sums over
-// single taps. Both stay in the second-level cache until they are finished together: transformed
-// back, added, and stored once.
+// sums over bundles go to scratch, a few panels of result channels at a time; so do the sums over
+// single taps. They stay in the caches until they are finished together: transformed back, added,
+// and stored once.
 //
-// Padding is zeros, but rows of tiles whose taps fall inside the image alike have terms of their
-// own where there are enough of them; see ThinnedConv2D.
+// Padding is zeros, but along rows those of tiles whose taps fall inside the image alike have terms
+// of their own where there are enough of them; see ThinnedConv2D.
 
 #include "custom_ops/kernels/cpu/fetch.h"
 #include "custom_ops/kernels/cpu/routines.h"
@@ -26,27 +31,38 @@ namespace ks {
 namespace KS_ISA {
 namespace {
 
-constexpr int64_t kTaps = 3;                           // Of a tap row.
-constexpr int64_t kSumWidth = kPanelVectors * kLanes;  // Floats of the sums of a panel.
-constexpr int64_t kEnoughPixels = 192;                 // Of a tile of the batch.
-constexpr int64_t kMostTileBytes = 8 << 20;            // Likewise, of the input.
-constexpr double kNearTaps = 1 << 20;                  // Bytes.
-constexpr int64_t kBlocksAtOnce = 3;                   // Between two turns of fetching.
+constexpr int64_t kTaps = 3;                            // Of a row of the kernel.
+constexpr int64_t kMostTaps = kTaps * kTaps;            // Of a bundle.
+constexpr int64_t kSquarePoints = kPoints * kPoints;    // Of a square of results.
+constexpr int64_t kSumWidth = kPanelVectors * kLanes;   // Floats of the sums of a panel.
+constexpr int64_t kEnoughPixels = 192;                  // Of a tile of the batch.
+constexpr int64_t kMostTileBytes = 8 << 20;             // Likewise, of the input.
+constexpr double kNearTaps = 1 << 20;                   // Bytes.
+constexpr double kFarTap = 0.01, kFarSquareTap = 0.03;  // Cycles for a byte of others.
+constexpr double kSquareCost = 140;                     // Cycles to transform a vector of a square.
+constexpr int64_t kEnoughSquares = 24;                  // Of a tile of the batch,
+constexpr int64_t kSquareBytes = 512 * 1024;            // and of all of their points.
+constexpr int64_t kPanelsTogether = 4;
+constexpr int64_t kBlocksAtOnce = 3;  // Between two turns of fetching.
 // Of PlanTiles' budget: transformed pixels and sums take the rest.
 constexpr int64_t kPixelBytes = kTileBytes / 2;
 
-// The terms of one kind, those of tap rows or those of single taps.
+// The terms of one kind, those of bundles or those of single taps.
 struct Kind {
   int64_t terms;
-  int64_t chunks;   // Of the terms.
-  int64_t columns;  // Points of a row: tiles, or pixels.
+  int64_t chunks;  // Of the terms.
+  // What is summed up at a time: the results of a tile, or a pixel.
+  int64_t columns;  // Of it in a row,
+  int64_t height;   // and its rows of results.
 };
 
 struct Parameters {
   Tiles tiles;
-  Kind tap_rows, singles;
+  int64_t squares;  // 1: tiles are squares; 0: rows.
+  Kind bundles, singles;
   int64_t shared_tiles;  // 1: the input is transformed once, to memory of the whole call.
-  int64_t splits;        // Parts of the panels, one item each.
+  int64_t splits;        // Parts of the panels, one item each,
+  int64_t together;      // and of its panels those that are computed point after point.
   int64_t split_rows;    // 1: rows are cut into spans.
   int64_t row_spans;
   int64_t stream;
@@ -57,38 +73,50 @@ struct Spans {
   Span rows[kMostSpans];
 };
 
-// The shape of transformed pixels, [kPoints][images * padded rows][columns of tiles][channels]:
-// floats between neighbours. Tiles are an odd number of cache lines apart, and so are points.
+KS_INLINE int64_t NumPoints(const Parameters& parameters) {
+  return parameters.squares ? kSquarePoints : kPoints;
+}
+// Taps of a bundle, and how many of them are to be kept for it to be worth its products.
+KS_INLINE int64_t BundleTaps(const Parameters& parameters) {
+  return parameters.squares ? kMostTaps : kTaps;
+}
+KS_INLINE int64_t BundleFrom(const Parameters& parameters) { return parameters.squares ? 3 : 2; }
+
+// The shape of transformed pixels, [points][images * rows][columns of tiles][channels]: floats
+// between neighbours. The rows are those of squares, or else padded ones of pixels. Tiles are an
+// odd number of cache lines apart, and so are points.
 struct Transformed {
-  int64_t tile, row, point;
+  int64_t tile, row, rows, point;
 };
 KS_INLINE Transformed TransformedShape(const Parameters& parameters) {
   const Tiles& tiles = parameters.tiles;
   Transformed shape;
-  shape.tile = (CeilDiv(tiles.grid.channels, 16) | 1) * 16;
-  shape.row = parameters.tap_rows.columns * shape.tile;
-  shape.point = (tiles.images * tiles.padded_rows * shape.row / 16 | 1) * 16;
+  shape.tile = OddLines(tiles.grid.channels);
+  shape.row = parameters.bundles.columns * shape.tile;
+  shape.rows = parameters.squares ? tiles.rows / kTileColumns : tiles.padded_rows;
+  shape.point = OddLines(tiles.images * shape.rows * shape.row);
   return shape;
 }
 
-// Likewise for the sums of a panel, [kPoints][images * rows][columns of tiles][kSumWidth] and then
+// Likewise for the sums of a panel, [points][images * rows][columns of tiles][kSumWidth] and then
 // [images * rows][columns][kSumWidth].
-KS_INLINE int64_t SumsOfPoint(const Parameters& parameters) {
+KS_INLINE int64_t SumsOfKind(const Parameters& parameters, const Kind& kind) {
   const Tiles& tiles = parameters.tiles;
-  return (CeilDiv(tiles.images * tiles.rows * parameters.tap_rows.columns * kSumWidth, 16) | 1) *
-         16;
+  return tiles.images * (tiles.rows / kind.height) * kind.columns * kSumWidth;
 }
-KS_INLINE int64_t SumsOfSingles(const Parameters& parameters) {
-  if (parameters.singles.terms == 0) return 0;
-  return parameters.tiles.images * parameters.tiles.rows * parameters.singles.columns * kSumWidth;
+KS_INLINE int64_t SumsOfPoint(const Parameters& parameters) {
+  return OddLines(SumsOfKind(parameters, parameters.bundles));
+}
+KS_INLINE int64_t SumsOfPanel(const Parameters& parameters) {
+  return NumPoints(parameters) * SumsOfPoint(parameters) +
+         (parameters.singles.terms > 0 ? SumsOfKind(parameters, parameters.singles) : 0);
 }
 
 KS_INLINE int64_t TransformedBytes(const Parameters& parameters) {
-  return PieceBytes(kPoints * TransformedShape(parameters).point, 4);
+  return PieceBytes(NumPoints(parameters) * TransformedShape(parameters).point, 4);
 }
 KS_INLINE int64_t SumBytes(const Parameters& parameters) {
-  return PieceBytes(kPoints * SumsOfPoint(parameters), 4) +
-         PieceBytes(SumsOfSingles(parameters), 4);
+  return PieceBytes(parameters.together * SumsOfPanel(parameters), 4);
 }
 
 // --- Tables --------------------------------------------------------------------------------------
@@ -101,11 +129,12 @@ struct Terms {
 };
 
 struct Prepared {
-  Terms tap_rows, singles;
+  Terms bundles, singles;
   int32_t* kept;       // [kernel_height][kTaps][in_channels]: the kept row of a tap, or -1.
-  int32_t* rows;       // [tap rows][kTaps]: kept rows, or -1.
+  int32_t* rows;       // [bundles][their taps]: kept rows, or -1.
   int32_t* order;      // [singles]: kept rows.
-  float* point_taps;   // Panel after panel, each [kPoints][tap rows][its vectors * kLanes].
+  float* zeros;        // [in_channels, to whole vectors]: a pixel of the padding.
+  float* point_taps;   // Panel after panel, each [points][bundles][its vectors * kLanes].
   float* single_taps;  // As PackRows() packs them.
 };
 
@@ -115,6 +144,9 @@ int64_t SpanRows(const Parameters& parameters, const Spans& spans) {
     rows += Min(parameters.tiles.rows, spans.rows[r].end - spans.rows[r].begin);
   }
   return rows;
+}
+KS_INLINE int64_t ZerosBytes(const KsGeometry& geometry) {
+  return PieceBytes(RoundUp(geometry.in_channels, kLanes), 4);
 }
 
 int64_t TermBytes(const Parameters& parameters, const Spans& spans, const Kind& kind) {
@@ -133,44 +165,46 @@ Terms PlaceTerms(const Parameters& parameters, const Spans& spans, const Kind& k
 }
 
 int64_t TableBytes(const KsGeometry& geometry, const Parameters& parameters, const Spans& spans) {
-  return TermBytes(parameters, spans, parameters.tap_rows) +
+  return TermBytes(parameters, spans, parameters.bundles) +
          TermBytes(parameters, spans, parameters.singles) +
          PieceBytes(geometry.kernel_height * kTaps * geometry.in_channels, 4) +
-         PieceBytes(parameters.tap_rows.terms * kTaps, 4) + PieceBytes(parameters.singles.terms, 4);
+         PieceBytes(parameters.bundles.terms * BundleTaps(parameters), 4) +
+         PieceBytes(parameters.singles.terms, 4) + ZerosBytes(geometry);
 }
 int64_t FilterBytes(const KsGeometry& geometry, const Parameters& parameters) {
   const int64_t width = MakePanels(geometry.out_channels).vectors * kLanes;
-  return PieceBytes(kPoints * parameters.tap_rows.terms * width, 4) +
+  return PieceBytes(NumPoints(parameters) * parameters.bundles.terms * width, 4) +
          PieceBytes(parameters.singles.terms * width, 4);
 }
 Prepared PlacePrepared(const KsGeometry& geometry, const Parameters& parameters, const Spans& spans,
                        const KsMemory& memory) {
   Arena arena = {static_cast<char*>(memory.table)};
   Prepared place;
-  place.tap_rows = PlaceTerms(parameters, spans, parameters.tap_rows, &arena);
+  place.bundles = PlaceTerms(parameters, spans, parameters.bundles, &arena);
   place.singles = PlaceTerms(parameters, spans, parameters.singles, &arena);
   place.kept = arena.Take<int32_t>(geometry.kernel_height * kTaps * geometry.in_channels);
-  place.rows = arena.Take<int32_t>(parameters.tap_rows.terms * kTaps);
+  place.rows = arena.Take<int32_t>(parameters.bundles.terms * BundleTaps(parameters));
   place.order = arena.Take<int32_t>(parameters.singles.terms);
+  place.zeros = arena.Take<float>(RoundUp(geometry.in_channels, kLanes));
   const int64_t width = MakePanels(geometry.out_channels).vectors * kLanes;
   arena = {static_cast<char*>(memory.filter)};
-  place.point_taps = arena.Take<float>(kPoints * parameters.tap_rows.terms * width);
+  place.point_taps = arena.Take<float>(NumPoints(parameters) * parameters.bundles.terms * width);
   place.single_taps = arena.Take<float>(parameters.singles.terms * width);
   return place;
 }
 
-// Counts the terms: merges the channels of the three taps of each row, all of which increase.
-void CountTerms(const KsArguments& arguments, int64_t* tap_rows, int64_t* singles) {
-  const int64_t channels = arguments.geometry.in_channels;
+// Counts the terms: merges the channels of the taps of bundles, all of which increase.
+void CountTerms(const KsArguments& arguments, Parameters* parameters) {
+  const int64_t channels = arguments.geometry.in_channels, taps = BundleTaps(*parameters);
   const int32_t* next = arguments.indices;
   const int32_t* const last = arguments.indices + arguments.kept;
-  *tap_rows = *singles = 0;
+  int64_t bundles = 0, singles = 0;
   while (next != last) {
-    // The rows before that of the next index are empty.
-    const int64_t first = *next / (kTaps * channels) * (kTaps * channels);
-    const int32_t* at[kTaps];
-    const int32_t* end[kTaps];
-    for (int64_t j = 0; j < kTaps; ++j) {
+    // The taps before those of the next index are empty.
+    const int64_t first = *next / (taps * channels) * (taps * channels);
+    const int32_t* at[kMostTaps];
+    const int32_t* end[kMostTaps];
+    for (int64_t j = 0; j < taps; ++j) {
       at[j] = next;
       int64_t size = Min(last - next, channels);
       while (size > 0) {
@@ -182,49 +216,55 @@ void CountTerms(const KsArguments& arguments, int64_t* tap_rows, int64_t* single
       end[j] = next;
     }
     while (true) {
-      int64_t channel[kTaps], least = channels;
-      for (int64_t j = 0; j < kTaps; ++j) {
+      int64_t channel[kMostTaps], least = channels;
+      for (int64_t j = 0; j < taps; ++j) {
         channel[j] = at[j] < end[j] ? *at[j] - (first + j * channels) : channels;
         least = Min(least, channel[j]);
       }
       if (least == channels) break;
-      int64_t taps = 0;
-      for (int64_t j = 0; j < kTaps; ++j) {
+      int64_t kept = 0;
+      for (int64_t j = 0; j < taps; ++j) {
         at[j] += channel[j] == least;
-        taps += channel[j] == least;
+        kept += channel[j] == least;
       }
-      *tap_rows += taps > 1;
-      *singles += taps == 1;
+      const bool bundled = kept >= BundleFrom(*parameters);
+      bundles += bundled;
+      singles += bundled ? 0 : kept;
     }
   }
+  parameters->bundles.terms = bundles;
+  parameters->singles.terms = singles;
 }
 
-// Finds the tap rows and the single taps, in the order (channel / 16, row, channel).
-void SortTerms(const KsArguments& arguments, const Prepared& prepared) {
+// Finds the bundles and the single taps, in the order (channel / 16, row, tap, channel); a bundle
+// has the place of its first tap.
+void SortTerms(const KsArguments& arguments, const Parameters& parameters,
+               const Prepared& prepared) {
   const KsGeometry& geometry = arguments.geometry;
-  const int64_t channels = geometry.in_channels;
+  const int64_t channels = geometry.in_channels, taps = BundleTaps(parameters);
+  memset(prepared.zeros, 0, ZerosBytes(geometry));
   memset(prepared.kept, 0xff, geometry.kernel_height * kTaps * channels * 4);
   for (int64_t k = 0; k < arguments.kept; ++k) {
     prepared.kept[arguments.indices[k]] = static_cast<int32_t>(k);
   }
   int32_t* rows = prepared.rows;
   int32_t* order = prepared.order;
-  for (int64_t first = 0; first < channels; first += kLineChannels) {
-    for (int64_t i = 0; i < geometry.kernel_height; ++i) {
-      for (int64_t s = first; s < Min(channels, first + kLineChannels); ++s) {
-        int32_t kept[kTaps];
-        int64_t taps = 0;
-        for (int64_t j = 0; j < kTaps; ++j) {
-          kept[j] = prepared.kept[(i * kTaps + j) * channels + s];
-          taps += kept[j] >= 0;
-        }
-        if (taps > 1) {
-          memcpy(rows, kept, sizeof(kept));
-          rows += kTaps;
-        } else if (taps == 1) {
-          for (int64_t j = 0; j < kTaps; ++j) {
-            if (kept[j] >= 0) *order++ = kept[j];
-          }
+  for (int64_t first = 0; first < channels; first += kLineFloats) {
+    const int64_t last = Min(channels, first + kLineFloats);
+    for (int64_t i = 0; i < geometry.kernel_height * kTaps; i += taps) {
+      const int32_t* of_tap = prepared.kept + i * channels;
+      bool bundled[kLineFloats];
+      for (int64_t s = first; s < last; ++s) {
+        int64_t kept = 0;
+        for (int64_t j = 0; j < taps; ++j) kept += of_tap[j * channels + s] >= 0;
+        bundled[s - first] = kept >= BundleFrom(parameters);
+        if (!bundled[s - first]) continue;
+        for (int64_t j = 0; j < taps; ++j) *rows++ = of_tap[j * channels + s];
+      }
+      for (int64_t j = 0; j < taps; ++j) {
+        for (int64_t s = first; s < last; ++s) {
+          const int32_t kept = of_tap[j * channels + s];
+          if (kept >= 0 && !bundled[s - first]) *order++ = kept;
         }
       }
     }
@@ -233,8 +273,8 @@ void SortTerms(const KsArguments& arguments, const Prepared& prepared) {
 
 // Of what the points of a kind read: floats between neighbours.
 struct Steps {
-  int64_t image, row, column;  // Column of points.
-  int64_t tap;
+  int64_t image, row, column;  // Those of the kind.
+  int64_t tap_row, tap;
 };
 
 // The terms of a kind and its points for every span. A term has `rows` entries in `kept`, of which
@@ -259,46 +299,65 @@ void MakeTerms(const KsArguments& arguments, const Parameters& parameters, const
       const int64_t index = arguments.indices[*any];
       const int64_t i = index / (kTaps * channels), j = index / channels % kTaps;
       if (i < span.tap_begin || i >= span.tap_end) continue;
-      terms[count++] = {static_cast<int32_t>(i * steps.row + j * steps.tap + index % channels),
+      terms[count++] = {static_cast<int32_t>(i * steps.tap_row + j * steps.tap + index % channels),
                         static_cast<int32_t>(t)};
     }
     while (chunk <= kind.chunks) chunks[chunk++] = static_cast<int32_t>(count);
     terms += kind.terms;
     chunks += kind.chunks + 1;
+    const int64_t rows_of_kind = CeilDiv(Min(tiles.rows, span.end - span.begin), kind.height);
     for (int64_t g = 0; g < tiles.images; ++g) {
-      for (int64_t y = 0; y < Min(tiles.rows, span.end - span.begin); ++y) {
+      for (int64_t y = 0; y < rows_of_kind; ++y) {
         for (int64_t x = 0; x < kind.columns; ++x) {
           *point++ = {g * steps.image + y * steps.row + x * steps.column,
-                      ((g * tiles.rows + y) * kind.columns + x) * kSumWidth};
+                      ((g * (tiles.rows / kind.height) + y) * kind.columns + x) * kSumWidth};
         }
       }
     }
   }
 }
 
-// Transforms tap rows [begin, end), into all panels.
-void PackTapRows(const KsArguments& arguments, const Parameters& parameters,
+// Transforms bundles [begin, end), into all panels.
+void PackBundles(const KsArguments& arguments, const Parameters& parameters,
                  const Prepared& prepared, int64_t begin, int64_t end) {
   const Panels panels = MakePanels(arguments.geometry.out_channels);
+  const int64_t num_points = NumPoints(parameters), num_taps = BundleTaps(parameters);
   for (int64_t i = 0; i < panels.count; ++i) {
     const Panel panel = PanelAt(panels, i);
-    const int64_t width = panel.vectors * kLanes, point = parameters.tap_rows.terms * width;
+    const int64_t width = panel.vectors * kLanes, point = parameters.bundles.terms * width;
     float* target = prepared.point_taps +
-                    kPoints * parameters.tap_rows.terms * panel.first_vector * kLanes +
+                    num_points * parameters.bundles.terms * panel.first_vector * kLanes +
                     begin * width;
     for (int64_t t = begin; t < end; ++t, target += width) {
       for (int64_t v = 0; v < width; v += kLanes) {
-        Vec taps[kTaps], points[kPoints];
-        for (int64_t j = 0; j < kTaps; ++j) {
-          const int64_t kept = prepared.rows[t * kTaps + j];
-          taps[j] = Vec{};
+        Vec taps[kTaps][kTaps];
+        for (int64_t j = 0; j < num_taps; ++j) {
+          const int64_t kept = prepared.rows[t * num_taps + j];
+          Vec& tap = taps[j / kTaps][j % kTaps];
+          tap = Vec{};
           if (kept < 0) continue;
           const float* row =
               arguments.filter + kept * panels.channels + panel.first_vector * kLanes + v;
-          taps[j] = v + kLanes <= panel.channels ? Load(row) : LoadFirst(row, panel.channels - v);
+          tap = v + kLanes <= panel.channels ? Load(row) : LoadFirst(row, panel.channels - v);
         }
-        TransformTaps(taps, points);
-        for (int64_t p = 0; p < kPoints; ++p) Store(target + p * point + v, points[p]);
+        Vec points[kPoints];
+        if (!parameters.squares) {
+          TransformTaps(taps[0], points);
+          for (int64_t p = 0; p < kPoints; ++p) Store(target + p * point + v, points[p]);
+          continue;
+        }
+        Vec columns[kPoints][kTaps];  // Transformed along columns.
+        for (int64_t j = 0; j < kTaps; ++j) {
+          const Vec column[kTaps] = {taps[0][j], taps[1][j], taps[2][j]};
+          TransformTaps(column, points);
+          for (int64_t p = 0; p < kPoints; ++p) columns[p][j] = points[p];
+        }
+        for (int64_t q = 0; q < kPoints; ++q) {
+          TransformTaps(columns[q], points);
+          for (int64_t p = 0; p < kPoints; ++p) {
+            Store(target + (q * kPoints + p) * point + v, points[p]);
+          }
+        }
       }
     }
   }
@@ -313,7 +372,7 @@ void TransformRow(const Parameters& parameters, const float* x, int64_t r, float
   const int64_t pixel = tiles.pixel_stride;
   x += r / tiles.padded_rows * tiles.image_stride + r % tiles.padded_rows * tiles.row_stride;
   target += r * shape.row;
-  for (int64_t t = 0; t < parameters.tap_rows.columns; ++t) {
+  for (int64_t t = 0; t < parameters.bundles.columns; ++t) {
     for (int64_t c = 0; c < tiles.grid.channels; c += kLanes) {
       Vec source[kPoints], points[kPoints];
       KS_UNROLL
@@ -331,16 +390,71 @@ void TransformRow(const Parameters& parameters, const float* x, int64_t r, float
   }
 }
 
-// Copies, where needed, and transforms padded rows [begin, end) of a tile of the batch.
-void TransformRows(const KsArguments& arguments, const Parameters& parameters, const Tile& tile,
-                   int64_t begin, int64_t end, float* copy, float* transformed) {
+// Transforms row `r` of squares of a tile of the batch, straight from the input.
+void TransformSquares(const KsArguments& arguments, const Parameters& parameters,
+                      const Prepared& prepared, const Tile& tile, int64_t r, float* target) {
+  const KsGeometry& geometry = arguments.geometry;
+  const Transformed shape = TransformedShape(parameters);
+  const int64_t channels = geometry.in_channels;
+  const float* const image = arguments.input + (tile.first_image + r / shape.rows) *
+                                                   geometry.in_height * geometry.in_width *
+                                                   channels;
+  const int64_t top = tile.first_row + r % shape.rows * kTileColumns - geometry.pad_top;
+  target += r * shape.row;
+  for (int64_t t = 0; t < parameters.bundles.columns; ++t, target += shape.tile) {
+    const int64_t left = t * kTileColumns - geometry.pad_left;
+    const float* pixels[kPoints][kPoints];
+    for (int64_t y = 0; y < kPoints; ++y) {
+      for (int64_t x = 0; x < kPoints; ++x) {
+        const bool inside = top + y >= 0 && top + y < geometry.in_height && left + x >= 0 &&
+                            left + x < geometry.in_width;
+        pixels[y][x] =
+            inside ? image + ((top + y) * geometry.in_width + left + x) * channels : prepared.zeros;
+      }
+    }
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const bool whole = c + kLanes <= channels;
+      Vec columns[kPoints][kPoints];  // Transformed along columns.
+      KS_UNROLL
+      for (int x = 0; x < kPoints; ++x) {
+        Vec source[kPoints], points[kPoints];
+        KS_UNROLL
+        for (int y = 0; y < kPoints; ++y) {
+          source[y] = whole ? Load(pixels[y][x] + c) : LoadFirst(pixels[y][x] + c, channels - c);
+        }
+        TransformSource(source, points);
+        KS_UNROLL
+        for (int q = 0; q < kPoints; ++q) columns[q][x] = points[q];
+      }
+      KS_UNROLL
+      for (int q = 0; q < kPoints; ++q) {
+        Vec points[kPoints];
+        TransformSource(columns[q], points);
+        KS_UNROLL
+        for (int p = 0; p < kPoints; ++p) {
+          Store(target + (q * kPoints + p) * shape.point + c, points[p]);
+        }
+      }
+    }
+  }
+}
+
+// Copies, where needed, and transforms padded rows [begin, end) of a tile of the batch. With the
+// first rows go those of squares.
+void TransformRows(const KsArguments& arguments, const Parameters& parameters,
+                   const Prepared& prepared, const Tile& tile, int64_t begin, int64_t end,
+                   float* copy, float* transformed) {
   const Tiles& tiles = parameters.tiles;
   const float* x = TileData(tiles, tile, arguments.input, copy);
   const int64_t rows = tile.rows + arguments.geometry.kernel_height - 1;
+  const int64_t square_rows = tile.images * TransformedShape(parameters).rows;
   for (int64_t r = begin; r < Min(end, tile.images * tiles.padded_rows); ++r) {
+    if (parameters.squares && r < square_rows) {
+      TransformSquares(arguments, parameters, prepared, tile, r, transformed);
+    }
     if (r % tiles.padded_rows >= rows) continue;
     if (tiles.copied) CopyRows(tiles, tile, arguments.input, r, r + 1, copy);
-    TransformRow(parameters, x, r, transformed);
+    if (!parameters.squares) TransformRow(parameters, x, r, transformed);
   }
 }
 
@@ -355,13 +469,14 @@ KS_INLINE int64_t Turns(int64_t points, int64_t vectors) {
   return CeilDiv(points, kBlocksAtOnce * kBlockPoints[vectors]);
 }
 
-// The rows of a span that a tile of the batch has, counted from the tile's first.
+// The rows of a kind in a span that a tile of the batch has, counted from the tile's first.
 struct SpanInTile {
   int64_t begin, rows;
 };
-KS_INLINE SpanInTile InTile(const Span& span, const Tile& tile) {
+KS_INLINE SpanInTile InTile(const Span& span, const Tile& tile, const Kind& kind) {
   const int64_t begin = Min(Max(span.begin - tile.first_row, 0), tile.rows);
-  return {begin, Max(0, Min(span.end - tile.first_row, tile.rows) - begin)};
+  const int64_t end = Max(begin, Min(span.end - tile.first_row, tile.rows));
+  return {begin / kind.height, CeilDiv(end - begin, kind.height)};
 }
 
 // The turns of all sums of a kind.
@@ -369,7 +484,7 @@ int64_t KindTurns(const Parameters& parameters, const Spans& spans, const Kind& 
                   const Tile& tile, int64_t vectors) {
   int64_t turns = 0;
   for (int64_t r = 0; r < parameters.row_spans; ++r) {
-    turns += Turns(tile.images * InTile(spans.rows[r], tile).rows * kind.columns, vectors);
+    turns += Turns(tile.images * InTile(spans.rows[r], tile, kind).rows * kind.columns, vectors);
   }
   return turns * kind.chunks;
 }
@@ -388,16 +503,17 @@ void SumKind(const Parameters& parameters, const Spans& spans, const Kind& kind,
   sums.w_stride = whole.channels;
   const int64_t at_once = kBlocksAtOnce * kBlockPoints[panel.vectors];
   for (int64_t chunk = 0; chunk < kind.chunks; ++chunk) {
-    sums.ahead = (PartBegin(kind.terms, kind.chunks, chunk + 1) -
-                  PartBegin(kind.terms, kind.chunks, chunk)) *
-                 sums.w_stride;
+    // The next chunk comes next in memory.
+    const int64_t ahead = (PartBegin(kind.terms, kind.chunks, chunk + 1) -
+                           PartBegin(kind.terms, kind.chunks, chunk)) *
+                          sums.w_stride;
     sums.add = chunk > 0;
     const Term* terms = prepared.terms;
     const int32_t* begins = prepared.chunks + chunk;
     const Point* points = prepared.points;
     for (int64_t r = 0; r < parameters.row_spans; ++r) {
       const Span& span = spans.rows[r];
-      const SpanInTile here = InTile(span, tile);
+      const SpanInTile here = InTile(span, tile, kind);
       const int64_t count = tile.images * here.rows * kind.columns;
       const int64_t turns = Turns(count, panel.vectors);
       sums.terms = terms + begins[0];
@@ -405,6 +521,8 @@ void SumKind(const Parameters& parameters, const Spans& spans, const Kind& kind,
       sums.out = out + here.begin * kind.columns * kSumWidth;
       for (int64_t turn = 0; turn < turns; ++turn) {
         const int64_t first = turn * at_once;
+        const int64_t fetched = turn * kBlocksAtOnce * kLineFloats;
+        sums.ahead = fetched <= sums.w_stride ? ahead + fetched : 0;
         SumPoints(functions, whole, x + here.begin * x_row, points + first,
                   Min(at_once, count - first), sums);
         FetchDue(1, &fetching->input);
@@ -412,8 +530,38 @@ void SumKind(const Parameters& parameters, const Spans& spans, const Kind& kind,
       }
       terms += kind.terms;
       begins += kind.chunks + 1;
-      points += tiles.images * Min(tiles.rows, span.end - span.begin) * kind.columns;
+      points += tiles.images * CeilDiv(Min(tiles.rows, span.end - span.begin), kind.height) *
+                kind.columns;
     }
+  }
+}
+
+// What finishes the results of a vector of channels.
+struct Finishing {
+  Epilogue epilogue;
+  const float* singles;  // Sums of pixels, or null.
+  int64_t channels;      // Floats from a result to its neighbour.
+  int64_t count;         // Of the lanes those that are results.
+  Vec bias;
+  bool stream;
+};
+// `at`: of the result; `single`: of its sums of single taps.
+KS_INLINE void FinishResult(const Finishing& finishing, Vec result, int64_t at, int64_t single,
+                            float* output) {
+  if (finishing.singles != nullptr) result += Load(finishing.singles + single);
+  result += finishing.bias;
+  const float* const residual = finishing.epilogue.residual;
+  if (residual != nullptr) {
+    result +=
+        finishing.count == kLanes ? Load(residual + at) : LoadFirst(residual + at, finishing.count);
+  }
+  result = Clamp(result, Splat(finishing.epilogue.least), Splat(finishing.epilogue.most));
+  if (finishing.count < kLanes) {
+    StoreFirst(output + at, result, finishing.count);
+  } else if (finishing.stream) {
+    Stream(output + at, result);
+  } else {
+    Store(output + at, result);
   }
 }
 
@@ -421,51 +569,69 @@ void SumKind(const Parameters& parameters, const Spans& spans, const Kind& kind,
 void Finish(const KsArguments& arguments, const Parameters& parameters, const Tile& tile,
             const Panel& panel, const float* sums) {
   const KsGeometry& geometry = arguments.geometry;
+  const Kind& bundles = parameters.bundles;
   const int64_t point = SumsOfPoint(parameters), channels = geometry.out_channels;
-  const float* singles = parameters.singles.terms > 0 ? sums + kPoints * point : nullptr;
-  const Epilogue epilogue = MakeEpilogue(arguments);
-  const Vec least = Splat(epilogue.least), most = Splat(epilogue.most);
-  const int64_t rows = tile.images * tile.rows;
-  for (int64_t r = 0; r < rows; ++r) {
-    // Several images come with all of their rows.
-    const int64_t first =
-        ((tile.first_image * geometry.out_height + tile.first_row + r) * geometry.out_width) *
-            channels +
-        panel.first_vector * kLanes;
-    for (int64_t x = 0; x < geometry.out_width; x += kTileColumns) {
-      const float* from = sums + (r * parameters.tap_rows.columns + x / kTileColumns) * kSumWidth;
-      for (int64_t v = 0; v < panel.vectors; ++v) {
-        Vec of_points[kPoints], results[kTileColumns];
-        KS_UNROLL
-        for (int p = 0; p < kPoints; ++p) of_points[p] = Load(from + p * point + v * kLanes);
-        TransformSums(of_points, results);
-        const int64_t count = Min(kLanes, panel.channels - v * kLanes);
-        const int64_t channel = (panel.first_vector + v) * kLanes;
-        Vec bias = {};
-        if (epilogue.bias != nullptr) {
-          bias = count == kLanes ? Load(epilogue.bias + channel)
-                                 : LoadFirst(epilogue.bias + channel, count);
-        }
-        KS_UNROLL
-        for (int q = 0; q < kTileColumns; ++q) {
-          if (x + q >= geometry.out_width) break;
-          const int64_t at = first + (x + q) * channels + v * kLanes;
-          Vec result = results[q];
-          if (singles != nullptr) {
-            result += Load(singles + (r * geometry.out_width + x + q) * kSumWidth + v * kLanes);
+  Finishing finishing;
+  finishing.epilogue = MakeEpilogue(arguments);
+  finishing.stream = parameters.stream;
+  finishing.singles = parameters.singles.terms > 0 ? sums + NumPoints(parameters) * point : nullptr;
+  const int64_t rows = Min(tile.rows, geometry.out_height - tile.first_row);
+  for (int64_t g = 0; g < tile.images; ++g) {
+    for (int64_t y = 0; y < rows; y += bundles.height) {
+      const int64_t high = Min(bundles.height, rows - y);
+      for (int64_t x = 0; x < geometry.out_width; x += kTileColumns) {
+        const int64_t wide = Min(kTileColumns, geometry.out_width - x);
+        const int64_t pixel = ((tile.first_image + g) * geometry.out_height + tile.first_row + y) *
+                                  geometry.out_width +
+                              x;
+        const int64_t single = ((g * parameters.tiles.rows + y) * geometry.out_width + x);
+        const float* from =
+            sums +
+            ((g * (parameters.tiles.rows / bundles.height) + y / bundles.height) * bundles.columns +
+             x / kTileColumns) *
+                kSumWidth;
+        for (int64_t v = 0; v < panel.vectors; ++v, from += kLanes) {
+          finishing.count = Min(kLanes, panel.channels - v * kLanes);
+          const int64_t channel = (panel.first_vector + v) * kLanes;
+          finishing.bias = Vec{};
+          if (finishing.epilogue.bias != nullptr) {
+            const float* const bias = finishing.epilogue.bias + channel;
+            finishing.bias =
+                finishing.count == kLanes ? Load(bias) : LoadFirst(bias, finishing.count);
           }
-          result += bias;
-          if (epilogue.residual != nullptr) {
-            result += count == kLanes ? Load(epilogue.residual + at)
-                                      : LoadFirst(epilogue.residual + at, count);
+          Vec of_points[kPoints], results[kTileColumns];
+          if (!parameters.squares) {
+            KS_UNROLL
+            for (int p = 0; p < kPoints; ++p) of_points[p] = Load(from + p * point);
+            TransformSums(of_points, results);
+            KS_UNROLL
+            for (int q = 0; q < kTileColumns; ++q) {
+              if (q >= wide) break;
+              FinishResult(finishing, results[q], (pixel + q) * channels + channel,
+                           (single + q) * kSumWidth + v * kLanes, arguments.output);
+            }
+            continue;
           }
-          result = Clamp(result, least, most);
-          if (count < kLanes) {
-            StoreFirst(arguments.output + at, result, count);
-          } else if (parameters.stream) {
-            Stream(arguments.output + at, result);
-          } else {
-            Store(arguments.output + at, result);
+          Vec columns[kTileColumns][kPoints];  // Transformed along columns.
+          KS_UNROLL
+          for (int p = 0; p < kPoints; ++p) {
+            KS_UNROLL
+            for (int q = 0; q < kPoints; ++q) {
+              of_points[q] = Load(from + (q * kPoints + p) * point);
+            }
+            TransformSums(of_points, results);
+            KS_UNROLL
+            for (int i = 0; i < kTileColumns; ++i) columns[i][p] = results[i];
+          }
+          for (int64_t i = 0; i < high; ++i) {
+            TransformSums(columns[i], results);
+            KS_UNROLL
+            for (int q = 0; q < kTileColumns; ++q) {
+              if (q >= wide) break;
+              const int64_t next = i * geometry.out_width + q;
+              FinishResult(finishing, results[q], (pixel + next) * channels + channel,
+                           (single + next) * kSumWidth + v * kLanes, arguments.output);
+            }
           }
         }
       }
@@ -488,9 +654,9 @@ void FetchTile(const KsArguments& arguments, const Tile& tile, int64_t steps, Up
   FetchPixelsIn(steps, 1, CeilDiv(rows * row * 4, kLanes * KS_ALIGNMENT), KS_ALIGNMENT, 0,
                 kLanes * KS_ALIGNMENT, upcoming);
 }
-// Likewise where the results of a panel go: a pixel to a lane.
-void FetchResults(const KsArguments& arguments, const Tile& tile, const Panel& panel, int64_t steps,
-                  Upcoming* upcoming) {
+// Likewise where results go, from a panel on for `channels`: a pixel to a lane.
+void FetchResults(const KsArguments& arguments, const Tile& tile, const Panel& panel,
+                  int64_t channels, int64_t steps, Upcoming* upcoming) {
   const KsGeometry& geometry = arguments.geometry;
   const int64_t pixel = geometry.out_channels * 4;
   const int64_t first =
@@ -500,7 +666,7 @@ void FetchResults(const KsArguments& arguments, const Tile& tile, const Panel& p
     upcoming->pixels[l] = reinterpret_cast<intptr_t>(arguments.output) + (first + l) * pixel +
                           panel.first_vector * kLanes * 4;
   }
-  FetchPixelsIn(steps, 1, CeilDiv(pixels, kLanes), panel.channels * 4, 0, kLanes * pixel, upcoming);
+  FetchPixelsIn(steps, 1, CeilDiv(pixels, kLanes), channels * 4, 0, kLanes * pixel, upcoming);
 }
 
 // `next` is the tile to be transformed after this one, or null.
@@ -510,36 +676,49 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
                  int64_t panel_end, float* sums) {
   const Panels panels = MakePanels(arguments.geometry.out_channels);
   const Transformed shape = TransformedShape(parameters);
-  const int64_t point_sums = SumsOfPoint(parameters);
+  const int64_t point_sums = SumsOfPoint(parameters), panel_sums = SumsOfPanel(parameters);
+  const int64_t num_points = NumPoints(parameters), terms = parameters.bundles.terms;
+  const int64_t single_terms = parameters.singles.terms;
   Fetching fetching;
   FetchNothing(&fetching.input);
   FetchNothing(&fetching.output);
-  for (int64_t i = panel_begin; i < panel_end; ++i) {
-    const Panel panel = PanelAt(panels, i);
-    const int64_t first = panel.first_vector * kLanes, width = panel.vectors * kLanes;
-    const int64_t terms = parameters.tap_rows.terms;
-    int64_t turns =
-        kPoints * KindTurns(parameters, spans, parameters.tap_rows, tile, panel.vectors);
-    if (parameters.singles.terms > 0) {
-      turns += KindTurns(parameters, spans, parameters.singles, tile, panel.vectors);
+  for (int64_t first = panel_begin; first < panel_end; first += parameters.together) {
+    const int64_t together = Min(parameters.together, panel_end - first);
+    for (int64_t p = 0; p < num_points; ++p) {
+      for (int64_t i = 0; i < together; ++i) {
+        const Panel panel = PanelAt(panels, first + i);
+        const int64_t channel = panel.first_vector * kLanes, width = panel.vectors * kLanes;
+        if (p == 0 && i == 0) {
+          int64_t turns =
+              num_points * KindTurns(parameters, spans, parameters.bundles, tile, panel.vectors);
+          if (single_terms > 0) {
+            turns += KindTurns(parameters, spans, parameters.singles, tile, panel.vectors);
+          }
+          if (parameters.fetch_input && next != nullptr && first == panel_begin) {
+            FetchTile(arguments, *next, turns * (panel_end - panel_begin), &fetching.input);
+          }
+          if (parameters.fetch_output) {
+            const Panel last = PanelAt(panels, first + together - 1);
+            const int64_t end = last.first_vector * kLanes + last.channels;
+            FetchResults(arguments, tile, panel, end - channel, turns * together, &fetching.output);
+          }
+        }
+        SumKind(parameters, spans, parameters.bundles, prepared.bundles, functions, tile, panel,
+                prepared.point_taps + terms * (num_points * channel + p * width),
+                transformed + p * shape.point, shape.row, sums + i * panel_sums + p * point_sums,
+                &fetching);
+      }
     }
-    if (parameters.fetch_input && next != nullptr && i == panel_begin) {
-      FetchTile(arguments, *next, turns * (panel_end - panel_begin), &fetching.input);
+    for (int64_t i = 0; i < together; ++i) {
+      const Panel panel = PanelAt(panels, first + i);
+      if (single_terms > 0) {
+        SumKind(parameters, spans, parameters.singles, prepared.singles, functions, tile, panel,
+                prepared.single_taps + single_terms * panel.first_vector * kLanes, x,
+                parameters.tiles.row_stride, sums + i * panel_sums + num_points * point_sums,
+                &fetching);
+      }
+      Finish(arguments, parameters, tile, panel, sums + i * panel_sums);
     }
-    if (parameters.fetch_output) {
-      FetchResults(arguments, tile, panel, turns, &fetching.output);
-    }
-    for (int64_t p = 0; p < kPoints; ++p) {
-      SumKind(parameters, spans, parameters.tap_rows, prepared.tap_rows, functions, tile, panel,
-              prepared.point_taps + terms * (kPoints * first + p * width),
-              transformed + p * shape.point, shape.row, sums + p * point_sums, &fetching);
-    }
-    if (parameters.singles.terms > 0) {
-      SumKind(parameters, spans, parameters.singles, prepared.singles, functions, tile, panel,
-              prepared.single_taps + parameters.singles.terms * first, x,
-              parameters.tiles.row_stride, sums + kPoints * point_sums, &fetching);
-    }
-    Finish(arguments, parameters, tile, panel, sums);
   }
 }
 
@@ -554,7 +733,8 @@ double KindCost(const KsGeometry& geometry, const Parameters& parameters, const 
   double cycles = 0;
   for (int64_t r = 0; r < parameters.row_spans; ++r) {
     const Span& span = spans.rows[r];
-    const int64_t points = tiles.images * (span.end - span.begin) * kind.columns;
+    const int64_t points =
+        tiles.images * CeilDiv(span.end - span.begin, kind.height) * kind.columns;
     const double blocks =
         static_cast<double>(CeilDiv(points, kBlockPoints[vectors]) + tiles.row_tiles - 1);
     const double terms = static_cast<double>(kind.terms) * (span.tap_end - span.tap_begin) /
@@ -571,61 +751,101 @@ double GroupCost(const KsGeometry& geometry, const Parameters& parameters, const
   const double rows = static_cast<double>(tiles.images) * tiles.grid.rows;
   const double padded_rows =
       static_cast<double>(tiles.images) * tiles.row_tiles * tiles.padded_rows;
-  const double columns = static_cast<double>(parameters.tap_rows.columns);
-  double cycles = kPoints * KindCost(geometry, parameters, spans, parameters.tap_rows);
+  const double columns = static_cast<double>(parameters.bundles.columns);
+  const double num_points = static_cast<double>(NumPoints(parameters));
+  double cycles = num_points * KindCost(geometry, parameters, spans, parameters.bundles);
   if (parameters.singles.terms > 0) {
     cycles += KindCost(geometry, parameters, spans, parameters.singles);
   }
   cycles *= static_cast<double>(panels.count);
-  cycles += rows * columns * static_cast<double>(panels.vectors) * 16;
+  const double sums_to_vector = parameters.squares ? kSquareCost : 16;
+  const double vectors = static_cast<double>(panels.vectors);
+  cycles +=
+      rows / static_cast<double>(parameters.bundles.height) * columns * vectors * sums_to_vector;
   // Pixels of less than a cache line are not padded to vectors.
-  cycles += padded_rows * columns * CeilDiv(geometry.in_channels, kLanes) *
-            (geometry.in_channels < kLineChannels ? 40 : 16);
+  const bool padded = geometry.in_channels >= kLineFloats;
+  const double source_vectors = static_cast<double>(CeilDiv(geometry.in_channels, kLanes));
+  if (parameters.squares) {
+    cycles += rows / kTileColumns * columns * source_vectors * kSquareCost *
+              (geometry.in_channels % kLanes == 0 ? 1 : 2);
+  } else {
+    cycles += padded_rows * columns * source_vectors * (padded ? 16 : 40);
+  }
   if (tiles.copied) cycles += padded_rows * tiles.row_stride * (4.0 / 16);
   // Taps that the second-level cache does not hold come from afar for each tile.
   const double taps = static_cast<double>(FilterBytes(geometry, parameters));
-  if (taps > kNearTaps) cycles += tiles.row_tiles * taps * 0.01;
+  if (taps > kNearTaps) {
+    cycles += tiles.row_tiles * taps * (parameters.squares ? kFarSquareTap : kFarTap);
+  }
   return cycles;
+}
+
+// Cuts the batch into tiles: rows of all columns, or all rows of some images.
+bool CutBatch(const KsGeometry& geometry, Parameters* parameters) {
+  KsGeometry whole = geometry;  // Of whole tiles.
+  whole.out_width = RoundUp(geometry.out_width, kTileColumns);
+  if (parameters->squares) whole.out_height = RoundUp(geometry.out_height, kTileColumns);
+  Tiles* tiles = &parameters->tiles;
+  if (!PlanTiles(whole, true, tiles, kPixelBytes)) return false;
+  Kind& bundles = parameters->bundles;
+  Kind& singles = parameters->singles;
+  bundles.columns = whole.out_width / kTileColumns;
+  bundles.height = parameters->squares ? kTileColumns : 1;
+  singles.columns = geometry.out_width;
+  singles.height = 1;
+  int64_t images = tiles->images, rows = tiles->rows;
+  if (parameters->squares) {
+    const int64_t square_rows = whole.out_height / kTileColumns;
+    const int64_t bytes = kSquarePoints * 4 * OddLines(geometry.in_channels);
+    if (bytes > kScratchLimit / 4 / bundles.columns) return false;
+    const int64_t squares = Max(kEnoughSquares, kSquareBytes / bytes);
+    const int64_t row_tiles = CeilDiv(square_rows, Max(1, squares / bundles.columns));
+    rows = CeilDiv(square_rows, row_tiles) * kTileColumns;
+    images = row_tiles > 1 ? 1 : Max(1, squares / (square_rows * bundles.columns));
+    images = Min(geometry.batch, images);
+  } else if (tiles->row_tiles == 1) {
+    // Taps are more at six points: few pixels would use them too seldom. Each point's pixels are
+    // still few enough for the cache.
+    const int64_t enough = Min(CeilDiv(kEnoughPixels, whole.out_height * whole.out_width),
+                               kMostTileBytes / (4 * Max(1, tiles->image_stride)));
+    images = Max(images, Min(geometry.batch, enough));
+  }
+  images = CeilDiv(geometry.batch, CeilDiv(geometry.batch, images));
+  CutTiles(rows, images, tiles);
+  return true;
 }
 
 // All of the parameters but how the work is cut into items. Returns the cost, negative when this
 // routine does not take the arguments.
-double Choose(const KsArguments& arguments, Parameters* parameters, Spans* spans) {
+double Choose(const KsArguments& arguments, bool squares, Parameters* parameters, Spans* spans) {
   const KsGeometry& geometry = arguments.geometry;
   if (geometry.kernel_width != kTaps || geometry.stride_height != 1 || geometry.stride_width != 1 ||
-      geometry.dilation_height != 1 || geometry.dilation_width != 1 || geometry.out_channels == 0) {
+      geometry.dilation_height != 1 || geometry.dilation_width != 1 || geometry.out_channels == 0 ||
+      (squares && geometry.kernel_height != kTaps)) {
     return -1;
   }
   *parameters = {};
-  KsGeometry whole = geometry;  // Of whole tiles.
-  whole.out_width = RoundUp(geometry.out_width, kTileColumns);
-  if (!PlanTiles(whole, true, &parameters->tiles, kPixelBytes)) return -1;
-  Tiles& tiles = parameters->tiles;
-  if (tiles.row_tiles == 1) {
-    // Taps are more at six points: few pixels would use them too seldom. Each point's pixels are
-    // still few enough for the cache.
-    const int64_t enough = Min(CeilDiv(kEnoughPixels, whole.out_height * whole.out_width),
-                               kMostTileBytes / (4 * Max(1, tiles.image_stride)));
-    tiles.groups = CeilDiv(geometry.batch, Max(tiles.images, Min(geometry.batch, enough)));
-    tiles.images = CeilDiv(geometry.batch, tiles.groups);
-  }
-  Kind& tap_rows = parameters->tap_rows;
+  parameters->squares = squares;
+  if (!CutBatch(geometry, parameters)) return -1;
+  CountTerms(arguments, parameters);
+  Kind& bundles = parameters->bundles;
   Kind& singles = parameters->singles;
-  CountTerms(arguments, &tap_rows.terms, &singles.terms);
-  const int64_t row_bytes = PanelAt(MakePanels(geometry.out_channels), 0).vectors * kLanes * 4;
-  tap_rows.chunks = Max(1, CeilDiv(tap_rows.terms * row_bytes, kChunkBytes));
+  const Panels panels = MakePanels(geometry.out_channels);
+  const int64_t row_bytes = PanelAt(panels, 0).vectors * kLanes * 4;
+  bundles.chunks = Max(1, CeilDiv(bundles.terms * row_bytes, kChunkBytes));
   singles.chunks = Max(1, CeilDiv(singles.terms * row_bytes, kChunkBytes));
-  tap_rows.columns = whole.out_width / kTileColumns;
-  singles.columns = geometry.out_width;
+  parameters->together = squares ? Min(kPanelsTogether, panels.count) : 1;
+  // Squares are transformed straight from the input.
+  if (squares && singles.terms == 0) parameters->tiles.copied = 0;
   double best = -1;
-  for (int64_t split = 0; split < 2; ++split) {
+  for (int64_t split = 0; split < (squares ? 1 : 2); ++split) {
     Parameters candidate = *parameters;
     Spans candidate_spans;
     candidate.split_rows = split;
     candidate.row_spans = MakeSpans(RowAxis(geometry), split != 0, candidate_spans.rows);
     if (candidate.row_spans == 0 ||
         (split != 0 &&
-         candidate.row_spans * (tap_rows.terms + singles.terms) * 8 > kMostTermBytes)) {
+         candidate.row_spans * (bundles.terms + singles.terms) * 8 > kMostTermBytes)) {
       continue;
     }
     const double cost = GroupCost(geometry, candidate, candidate_spans) * candidate.tiles.groups +
@@ -638,20 +858,18 @@ double Choose(const KsArguments& arguments, Parameters* parameters, Spans* spans
   return best;
 }
 
-}  // namespace
-
-double ThinnedConv2DWinogradCost(const KsArguments& arguments) {
+double Cost(const KsArguments& arguments, bool squares) {
   Parameters parameters;
   Spans spans;
-  return Choose(arguments, &parameters, &spans);
+  return Choose(arguments, squares, &parameters, &spans);
 }
 
-int ThinnedConv2DWinogradPlan(const KsArguments* arguments, KsPlan* plan) {
+int Plan(const KsArguments* arguments, bool squares, KsPlan* plan) {
   const KsGeometry& geometry = arguments->geometry;
   memset(plan, 0, sizeof(*plan));
   Parameters parameters;
   Spans spans;
-  const double cost = Choose(*arguments, &parameters, &spans);
+  const double cost = Choose(*arguments, squares, &parameters, &spans);
   if (cost < 0) return 0;
   const Tiles& tiles = parameters.tiles;
   const int64_t num_tiles = NumTiles(tiles);
@@ -675,9 +893,9 @@ int ThinnedConv2DWinogradPlan(const KsArguments* arguments, KsPlan* plan) {
                 arguments->kept * 10 * (1 + parameters.row_spans);
   stage->prepares = KS_PREPARES_TABLE;
   ++stage;
-  stage->items = CeilDiv(parameters.tap_rows.terms, kRowsOfItem) +
+  stage->items = CeilDiv(parameters.bundles.terms, kRowsOfItem) +
                  CeilDiv(parameters.singles.terms, kRowsOfItem);
-  stage->cost = 100 + kRowsOfItem * geometry.out_channels;
+  stage->cost = 100 + kRowsOfItem * geometry.out_channels * (parameters.squares ? 6 : 1);
   stage->prepares = KS_PREPARES_FILTER;
   ++stage;
   stage->items = parameters.shared_tiles ? num_tiles * tiles.images * tiles.padded_rows : 0;
@@ -695,8 +913,8 @@ int ThinnedConv2DWinogradPlan(const KsArguments* arguments, KsPlan* plan) {
   return 1;
 }
 
-void ThinnedConv2DWinogradRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
-                              int64_t begin, int64_t end, const KsMemory* memory) {
+void Run(const KsArguments* arguments, const KsPlan* plan, int32_t stage, int64_t begin,
+         int64_t end, const KsMemory* memory) {
   const KsGeometry& geometry = arguments->geometry;
   Parameters parameters = LoadParameters<Parameters>(plan);
   const Tiles& tiles = parameters.tiles;
@@ -705,23 +923,26 @@ void ThinnedConv2DWinogradRun(const KsArguments* arguments, const KsPlan* plan, 
   const Prepared prepared = PlacePrepared(geometry, parameters, spans, *memory);
   if (stage == 0) {
     const Transformed shape = TransformedShape(parameters);
-    SortTerms(*arguments, prepared);
-    MakeTerms(*arguments, parameters, spans, parameters.tap_rows, prepared.rows, kTaps,
-              {tiles.padded_rows * shape.row, shape.row, shape.tile, 0}, prepared.tap_rows);
+    SortTerms(*arguments, parameters, prepared);
+    MakeTerms(
+        *arguments, parameters, spans, parameters.bundles, prepared.rows, BundleTaps(parameters),
+        {shape.rows * shape.row, shape.row, shape.tile, parameters.squares ? 0 : shape.row, 0},
+        prepared.bundles);
     MakeTerms(*arguments, parameters, spans, parameters.singles, prepared.order, 1,
-              {tiles.image_stride, tiles.row_stride, tiles.pixel_stride, tiles.pixel_stride},
+              {tiles.image_stride, tiles.row_stride, tiles.pixel_stride, tiles.row_stride,
+               tiles.pixel_stride},
               prepared.singles);
     return;
   }
   if (stage == 1) {
-    const int64_t tap_row_items = CeilDiv(parameters.tap_rows.terms, kRowsOfItem);
+    const int64_t bundle_items = CeilDiv(parameters.bundles.terms, kRowsOfItem);
     for (int64_t item = begin; item < end; ++item) {
-      if (item < tap_row_items) {
-        PackTapRows(*arguments, parameters, prepared, item * kRowsOfItem,
-                    Min(parameters.tap_rows.terms, (item + 1) * kRowsOfItem));
+      if (item < bundle_items) {
+        PackBundles(*arguments, parameters, prepared, item * kRowsOfItem,
+                    Min(parameters.bundles.terms, (item + 1) * kRowsOfItem));
         continue;
       }
-      const int64_t first = (item - tap_row_items) * kRowsOfItem;
+      const int64_t first = (item - bundle_items) * kRowsOfItem;
       PackRows(*arguments, prepared.order, parameters.singles.terms, first,
                Min(parameters.singles.terms, first + kRowsOfItem), prepared.single_taps);
     }
@@ -735,8 +956,8 @@ void ThinnedConv2DWinogradRun(const KsArguments* arguments, const KsPlan* plan, 
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item % tile_rows;
       float* copy = static_cast<float*>(memory->shared) + item / tile_rows * tile_size;
-      TransformRows(*arguments, parameters, TileAt(tiles, item / tile_rows), row, row + 1, copy,
-                    copy + copy_size);
+      TransformRows(*arguments, parameters, prepared, TileAt(tiles, item / tile_rows), row, row + 1,
+                    copy, copy + copy_size);
     }
     return;
   }
@@ -754,7 +975,7 @@ void ThinnedConv2DWinogradRun(const KsArguments* arguments, const KsPlan* plan, 
                       : sums + SumBytes(parameters) / 4;
     float* transformed = copy + copy_size;
     if (!parameters.shared_tiles) {
-      TransformRows(*arguments, parameters, tile, 0, tile_rows, copy, transformed);
+      TransformRows(*arguments, parameters, prepared, tile, 0, tile_rows, copy, transformed);
     }
     const bool last = parameters.shared_tiles || item + 1 == end;
     const Tile next = TileAt(tiles, last ? tile_index : tile_index + 1);
@@ -764,6 +985,32 @@ void ThinnedConv2DWinogradRun(const KsArguments* arguments, const KsPlan* plan, 
                 PartBegin(panels, parameters.splits, split + 1), sums);
   }
   if (parameters.stream) StreamEnd();
+}
+
+}  // namespace
+
+double ThinnedConv2DWinogradCost(const KsArguments& arguments) {
+  const double rows = Cost(arguments, false), squares = Cost(arguments, true);
+  return squares >= 0 && squares < rows ? squares : rows;
+}
+
+int ThinnedConv2DWinogradPlan(const KsArguments* arguments, KsPlan* plan) {
+  const double squares = Cost(*arguments, true);
+  if (squares >= 0 && squares < Cost(*arguments, false)) return 0;
+  return Plan(arguments, false, plan);
+}
+void ThinnedConv2DWinogradRun(const KsArguments* arguments, const KsPlan* plan, int32_t stage,
+                              int64_t begin, int64_t end, const KsMemory* memory) {
+  Run(arguments, plan, stage, begin, end, memory);
+}
+
+int ThinnedConv2DWinogradSquaresPlan(const KsArguments* arguments, KsPlan* plan) {
+  return Plan(arguments, true, plan);
+}
+void ThinnedConv2DWinogradSquaresRun(const KsArguments* arguments, const KsPlan* plan,
+                                     int32_t stage, int64_t begin, int64_t end,
+                                     const KsMemory* memory) {
+  Run(arguments, plan, stage, begin, end, memory);
 }
 
 }  // namespace KS_ISA

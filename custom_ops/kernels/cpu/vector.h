@@ -60,6 +60,9 @@ KS_INLINE Vec InRegister(Vec v) {
   return v;
 }
 
+// Bytes of a result that its reader will not find in a near cache.
+constexpr int64_t kStreamFrom = 8 << 20;
+
 // Stores past the caches, which spares the read of what is overwritten: for results too large to be
 // found there later. `p` is aligned to a vector. Other threads see the values after StreamEnd().
 KS_INLINE void Stream(float* p, Vec v) {
@@ -197,6 +200,12 @@ KS_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 KS_INLINE int64_t FloorDiv(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }  // b > 0
 KS_INLINE int64_t CeilDiv(int64_t a, int64_t b) { return -FloorDiv(-a, b); }              // b > 0
 KS_INLINE int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+// Floats, rounded up to an odd number of cache lines: what lies that far apart does not fall into
+// the same cache sets.
+KS_INLINE int64_t OddLines(int64_t floats) {
+  return (CeilDiv(floats, kLineFloats) | 1) * kLineFloats;
+}
 
 // Part `i` of `parts` nearly equal ones of [0, size).
 KS_INLINE int64_t PartBegin(int64_t size, int64_t parts, int64_t i) {
