@@ -26,8 +26,7 @@ struct Upcoming {
 };
 
 KS_INLINE void FetchNothing(Upcoming* upcoming) {
-  upcoming->rows = upcoming->row = 0;
-  upcoming->units = upcoming->due = 0;
+  *upcoming = {};
   upcoming->steps = 1;
 }
 

@@ -44,9 +44,9 @@ struct Sums {
   int64_t w_stride;  // Floats between rows.
   const Term* terms;
   int64_t num_terms;
-  int64_t ahead;    // Floats from a row to what is wanted next: fetched by the first blocks, which
-                    // take a cache line each; 0: nothing is.
-  int64_t x_ahead;  // Floats from what is read to what is fetched for later blocks; 0: nothing is.
+  int64_t ahead;  // Floats from a row to what is wanted next: fetched by the first blocks, which
+                  // take a cache line each; 0: nothing is.
+  bool in_order;  // Whether the rows of terms follow each other.
   float* out;
   bool add;     // To what `out` holds.
   bool stream;  // Stores past the caches.
@@ -100,11 +100,12 @@ KS_INLINE void StoreSums(const Sums& sums, float* const* outs, Vec (&block)[kCou
   }
 }
 
-// What is fetched while terms are summed up. Each fetch takes the place of a load, of which a term
-// has nearly as many as the CPU does in the time of its products.
-enum { kFetchNone, kFetchRows, kFetchRowsAndPoints, kFetchKinds };
+// Where the rows of terms are: anywhere; one after the other; or anywhere, and what comes after
+// them is fetched. A term has nearly as many loads as the CPU does in the time of its products, and
+// a fetch takes the place of one.
+enum { kAnyRows, kRowsInOrder, kRowsFetched, kRowKinds };
 
-template <int kCount, int kVectors, int kFetch>
+template <int kCount, int kVectors, int kRows>
 void SumTerms(const Sums& sums, const float* const* points, float* const* outs) {
   const float* x[kCount];
   KS_UNROLL
@@ -117,19 +118,16 @@ void SumTerms(const Sums& sums, const float* const* points, float* const* outs) 
     }
   }
   Vec block[kCount][kVectors] = {};
-  const float* w = sums.w;
+  const float* const w = sums.w;
   const int64_t w_stride = sums.w_stride;
   const int64_t ahead = sums.ahead;
-  const int64_t x_ahead = sums.x_ahead;
   const Term* const last = sums.terms + sums.num_terms;
+  const float* next = sums.num_terms > 0 ? w + sums.terms->row * w_stride : w;
   for (const Term* term = sums.terms; term != last; ++term) {
-    const float* row = w + term->row * w_stride;
+    const float* const row = kRows == kRowsInOrder ? next : w + term->row * w_stride;
+    next += w_stride;
     const int64_t at = term->x;
-    if (kFetch != kFetchNone) __builtin_prefetch(row + ahead);
-    if (kFetch == kFetchRowsAndPoints) {
-      KS_UNROLL
-      for (int p = 0; p < kCount; ++p) __builtin_prefetch(x[p] + (at + x_ahead));
-    }
+    if (kRows == kRowsFetched) __builtin_prefetch(row + ahead);
     Vec weights[kVectors];
     KS_UNROLL
     for (int v = 0; v < kVectors; ++v) weights[v] = Load(row + v * kLanes);
@@ -145,15 +143,14 @@ void SumTerms(const Sums& sums, const float* const* points, float* const* outs) 
 
 typedef void (*SumFunction)(const Sums&, const float* const*, float* const*);
 struct SumFunctions {
-  SumFunction of[kFetchKinds][kPanelVectors + 1][kMostPoints + 1];
+  SumFunction of[kRowKinds][kPanelVectors + 1][kMostPoints + 1];
 };
 template <int kVectors, int kCount>
 struct FillSumFunctions {
   static void Run(SumFunctions* functions) {
-    functions->of[kFetchNone][kVectors][kCount] = SumTerms<kCount, kVectors, kFetchNone>;
-    functions->of[kFetchRows][kVectors][kCount] = SumTerms<kCount, kVectors, kFetchRows>;
-    functions->of[kFetchRowsAndPoints][kVectors][kCount] =
-        SumTerms<kCount, kVectors, kFetchRowsAndPoints>;
+    functions->of[kAnyRows][kVectors][kCount] = SumTerms<kCount, kVectors, kAnyRows>;
+    functions->of[kRowsInOrder][kVectors][kCount] = SumTerms<kCount, kVectors, kRowsInOrder>;
+    functions->of[kRowsFetched][kVectors][kCount] = SumTerms<kCount, kVectors, kRowsFetched>;
     FillSumFunctions<kVectors, kCount - 1>::Run(functions);
   }
 };
@@ -190,17 +187,55 @@ KS_INLINE Panel PanelAt(const Panels& panels, int64_t i) {
   return {first, vectors, Min(vectors * kLanes, panels.channels - first * kLanes)};
 }
 
+// The sums of a block of `count` points, read from `from`, for one panel.
+KS_INLINE void SumBlock(const SumFunctions& functions, const Panel& panel, int rows, int64_t count,
+                        const float* const* from, float* const* to, Sums* sums) {
+  const int64_t width = panel.vectors * kLanes;
+  const SumFunction function = functions.of[rows][panel.vectors][count];
+  if (panel.channels == width) {
+    function(*sums, from, to);
+    return;
+  }
+  const Epilogue* const epilogue = sums->epilogue;
+  sums->epilogue = nullptr;
+  float lanes[kMostPoints * kPanelVectors * kLanes];
+  float* padded[kMostPoints];
+  for (int64_t p = 0; p < count; ++p) {
+    padded[p] = lanes + p * width;
+    if (!sums->add) continue;
+    memset(padded[p], 0, width * 4);
+    for (int64_t c = 0; c < panel.channels; ++c) padded[p][c] = to[p][c];
+  }
+  function(*sums, from, padded);
+  sums->epilogue = epilogue;
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t c = 0; c < panel.channels; ++c) {
+      float sum = padded[p][c];
+      if (epilogue != nullptr) {
+        if (epilogue->bias != nullptr) sum += epilogue->bias[c];
+        if (epilogue->residual != nullptr) sum += epilogue->residual[to[p] - sums->out + c];
+        sum = Clamp(sum, epilogue->least, epilogue->most);
+      }
+      to[p][c] = sum;
+    }
+  }
+}
+
+// Block `b` of a panel: the first ones fetch what is ahead of the rows, a line each.
+KS_INLINE int BlockRows(int64_t b, int64_t ahead, Sums* sums) {
+  if (ahead != 0 && b * kLineFloats <= sums->w_stride) {  // A row may begin within a line.
+    sums->ahead = ahead + b * kLineFloats;
+    return kRowsFetched;
+  }
+  return sums->in_order ? kRowsInOrder : kAnyRows;
+}
+
 // The sums of `count` points, given as offsets from `x` and `sums.out`, for one panel.
 KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, const float* x,
                          const Point* points, int64_t count, Sums sums) {
   const int64_t blocks = CeilDiv(count, kBlockPoints[panel.vectors]);
   const int64_t few = count / Max(1, blocks), rest = count % Max(1, blocks);
   const int64_t ahead = sums.ahead;
-  const int64_t width = panel.vectors * kLanes;
-  const int64_t lines = width / kLineFloats + 1;  // Of a row, wherever it begins.
-  const Epilogue* const epilogue = sums.epilogue;
-  if (panel.channels < width) sums.epilogue = nullptr;
-  float lanes[kMostPoints * kPanelVectors * kLanes];
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t here = few + (b < rest ? 1 : 0);
     const float* from[kMostPoints];
@@ -210,34 +245,7 @@ KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, cons
       to[p] = sums.out + points[p].out;
     }
     points += here;
-    sums.ahead = ahead + b % lines * kLineFloats;
-    const int fetch = sums.x_ahead != 0         ? kFetchRowsAndPoints
-                      : ahead != 0 && b < lines ? kFetchRows
-                                                : kFetchNone;
-    const SumFunction function = functions.of[fetch][panel.vectors][here];
-    if (panel.channels == width) {
-      function(sums, from, to);
-      continue;
-    }
-    float* padded[kMostPoints];
-    for (int64_t p = 0; p < here; ++p) {
-      padded[p] = lanes + p * width;
-      if (!sums.add) continue;
-      memset(padded[p], 0, width * 4);
-      for (int64_t c = 0; c < panel.channels; ++c) padded[p][c] = to[p][c];
-    }
-    function(sums, from, padded);
-    for (int64_t p = 0; p < here; ++p) {
-      for (int64_t c = 0; c < panel.channels; ++c) {
-        float sum = padded[p][c];
-        if (epilogue != nullptr) {
-          if (epilogue->bias != nullptr) sum += epilogue->bias[c];
-          if (epilogue->residual != nullptr) sum += epilogue->residual[to[p] - sums.out + c];
-          sum = Clamp(sum, epilogue->least, epilogue->most);
-        }
-        to[p][c] = sum;
-      }
-    }
+    SumBlock(functions, panel, BlockRows(b, ahead, &sums), here, from, to, &sums);
   }
 }
 

@@ -35,10 +35,15 @@ struct Parameters {
   int64_t split;                 // The axes that are cut into spans.
   int64_t row_spans, col_spans;  // Classes = row spans x column spans.
   int64_t chunks;                // Of the kept rows.
+  int64_t together;              // Panels computed together.
   int64_t stream;
   int64_t fetch_out;  // See Sums.
-  int64_t x_ahead;    // See Sums.
 };
+
+constexpr int64_t kMostTogether = 32;  // Panels,
+constexpr int64_t kTogetherBytes = 128 * 1024;
+constexpr int64_t kFewItems = kWantedItems / 2;  // With fewer, work is cut once more.
+constexpr int64_t kFewPixels = 64;               // A tile has as many at least.
 
 // Whether there is one tap, which meets an input pixel at every output pixel.
 bool MayGather(const KsGeometry& g) {
@@ -207,6 +212,65 @@ void CopyTileRows(const KsArguments& arguments, const Parameters& parameters, co
   }
 }
 
+// The rows of a span that a tile has.
+KS_INLINE int64_t RowsInTile(const Span& rows, const Tile& tile) {
+  return Max(0, Min(rows.end, tile.first_row + tile.rows) - Max(rows.begin, tile.first_row));
+}
+
+// The sums of one class over one chunk of its terms, in a tile.
+struct ClassSums {
+  const float* x;       // Of its first pixel's first tap,
+  int64_t out;          // and of its first result, from arguments.output on.
+  const Point* points;  // Its pixels.
+  int64_t count;
+  const Term* terms;
+  int64_t num_terms;
+  int64_t all_terms;  // Of the chunk.
+  bool first, last;   // Whether the chunk is.
+};
+
+// A few panels are computed together, a block of pixels after the other: what the pixels have in
+// the near cache serves them all.
+void SumClass(const KsArguments& arguments, const Parameters& parameters, const Prepared& prepared,
+              const SumFunctions& functions, const ClassSums& of_class, const Panel* panels,
+              int64_t num_panels, Upcoming* upcoming) {
+  Sums sums = {};
+  sums.terms = of_class.terms;
+  sums.num_terms = of_class.num_terms;
+  sums.in_order = of_class.num_terms == of_class.all_terms;
+  sums.add = !of_class.first;
+  sums.stream = parameters.stream;
+  sums.fetch_out = parameters.fetch_out;
+  const Epilogue whole = MakeEpilogue(arguments);
+  Epilogue epilogue = whole;
+  if (whole.used && of_class.last) sums.epilogue = &epilogue;
+  // No panel has more vectors than the first, whose blocks are therefore not too large for any.
+  const int64_t blocks = CeilDiv(of_class.count, kBlockPoints[panels[0].vectors]);
+  const int64_t few = of_class.count / Max(1, blocks), rest = of_class.count % Max(1, blocks);
+  const Point* points = of_class.points;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t count = few + (b < rest ? 1 : 0);
+    const float* from[kMostPoints];
+    float* to[kMostPoints];
+    for (int64_t p = 0; p < count; ++p) from[p] = of_class.x + points[p].x;
+    for (int64_t i = 0; i < num_panels; ++i) {
+      const Panel& panel = panels[i];
+      const int64_t channel = panel.first_vector * kLanes;
+      sums.w = prepared.panels + arguments.kept * channel;
+      sums.w_stride = panel.vectors * kLanes;
+      sums.out = arguments.output + of_class.out + channel;
+      if (whole.bias != nullptr) epilogue.bias = whole.bias + channel;
+      if (whole.residual != nullptr) epilogue.residual = whole.residual + of_class.out + channel;
+      for (int64_t p = 0; p < count; ++p) to[p] = sums.out + points[p].out;
+      // The next chunk, or panel, comes next in memory.
+      const int rows = BlockRows(b, of_class.all_terms * sums.w_stride, &sums);
+      SumBlock(functions, panel, rows, count, from, to, &sums);
+    }
+    points += count;
+    FetchDue(1, upcoming);
+  }
+}
+
 void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Spans& spans,
                  const Prepared& prepared, const SumFunctions& functions, const Tile& tile,
                  const float* x, int64_t panel_begin, int64_t panel_end) {
@@ -215,48 +279,60 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
   const Panels panels = MakePanels(geometry.out_channels);
   const int64_t pad_top = tiles.copied ? 0 : geometry.pad_top;
   const int64_t pad_left = tiles.copied ? 0 : geometry.pad_left;
-  for (int64_t i = panel_begin; i < panel_end; ++i) {
-    const Panel panel = PanelAt(panels, i);
-    Sums sums;
-    sums.w = prepared.panels + arguments.kept * panel.first_vector * kLanes;
-    sums.w_stride = panel.vectors * kLanes;
-    sums.stream = parameters.stream;
-    sums.fetch_out = parameters.fetch_out;
+  // What is read in place is fetched as the first panels come to it, from the row on that follows
+  // those of the first results.
+  Upcoming upcoming;
+  FetchNothing(&upcoming);
+  if (!tiles.copied) {
+    int64_t steps = 0;
+    const int64_t at_once = kBlockPoints[PanelAt(panels, panel_begin).vectors];
+    for (int64_t r = 0; r < parameters.row_spans; ++r) {
+      const int64_t pixels = tile.images * RowsInTile(spans.rows[r], tile);
+      for (int64_t c = 0; c < parameters.col_spans; ++c) {
+        steps += CeilDiv(pixels * (spans.columns[c].end - spans.columns[c].begin), at_once);
+      }
+    }
+    const int64_t row = tile.first_row * geometry.stride_height - pad_top +
+                        (geometry.kernel_height - 1) * geometry.dilation_height + 1;
+    const int64_t rows =
+        tile.images > 1 ? tile.images * geometry.in_height : tile.rows * geometry.stride_height;
+    FetchRows(arguments, tile.first_image * geometry.in_height + row, rows,
+              steps * parameters.chunks, &upcoming);
+  }
+  for (int64_t i = panel_begin; i < panel_end; i += parameters.together) {
+    Panel set[kMostTogether];
+    const int64_t num_panels = Min(parameters.together, panel_end - i);
+    for (int64_t j = 0; j < num_panels; ++j) set[j] = PanelAt(panels, i + j);
     for (int64_t chunk = 0; chunk < parameters.chunks; ++chunk) {
-      // The next chunk comes next in memory.
-      sums.ahead = (PartBegin(arguments.kept, parameters.chunks, chunk + 1) -
-                    PartBegin(arguments.kept, parameters.chunks, chunk)) *
-                   sums.w_stride;
-      sums.x_ahead = i == panel_begin ? parameters.x_ahead : 0;
-      sums.add = chunk > 0;
+      ClassSums of_class;
+      of_class.all_terms = PartBegin(arguments.kept, parameters.chunks, chunk + 1) -
+                           PartBegin(arguments.kept, parameters.chunks, chunk);
+      of_class.first = chunk == 0;
+      of_class.last = chunk == parameters.chunks - 1;
       const Term* terms = prepared.terms;
       const int32_t* begins = prepared.chunks + chunk;
       const Point* points = prepared.points;
       for (int64_t r = 0; r < parameters.row_spans; ++r) {
         const Span& rows = spans.rows[r];
         const int64_t y = Max(rows.begin, tile.first_row);
-        const int64_t height = Min(rows.end, tile.first_row + tile.rows) - y;
+        const int64_t height = RowsInTile(rows, tile);
         for (int64_t c = 0; c < parameters.col_spans; ++c) {
           const Span& columns = spans.columns[c];
           if (height > 0) {
-            sums.terms = terms + begins[0];
-            sums.num_terms = begins[1] - begins[0];
-            sums.out =
-                arguments.output +
-                ((tile.first_image * tiles.grid.rows + y) * tiles.grid.columns + columns.begin) *
-                    panels.channels +
-                panel.first_vector * kLanes;
-            Epilogue epilogue = MakeEpilogue(arguments);
-            if (epilogue.bias != nullptr) epilogue.bias += panel.first_vector * kLanes;
-            if (epilogue.residual != nullptr) epilogue.residual += sums.out - arguments.output;
-            sums.epilogue = epilogue.used && chunk == parameters.chunks - 1 ? &epilogue : nullptr;
             const int64_t x_row = (y - tile.first_row) * geometry.stride_height - pad_top +
                                   rows.tap_begin * geometry.dilation_height;
             const int64_t x_column = columns.begin * geometry.stride_width - pad_left +
                                      columns.tap_begin * geometry.dilation_width;
-            SumPoints(functions, panel,
-                      x + x_row * tiles.row_stride + x_column * tiles.pixel_stride, points,
-                      tile.images * height * (columns.end - columns.begin), sums);
+            of_class.x = x + x_row * tiles.row_stride + x_column * tiles.pixel_stride;
+            of_class.out =
+                ((tile.first_image * tiles.grid.rows + y) * tiles.grid.columns + columns.begin) *
+                panels.channels;
+            of_class.points = points;
+            of_class.count = tile.images * height * (columns.end - columns.begin);
+            of_class.terms = terms + begins[0];
+            of_class.num_terms = begins[1] - begins[0];
+            SumClass(arguments, parameters, prepared, functions, of_class, set, num_panels,
+                     &upcoming);
           }
           terms += arguments.kept;
           begins += parameters.chunks + 1;
@@ -347,29 +423,34 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
     parameters = candidate;
     spans = candidate_spans;
   }
-  const Tiles& tiles = parameters.tiles;
+  Tiles& tiles = parameters.tiles;
   best += kFilterByteCost * 4.0 * static_cast<double>(arguments->kept) * geometry.out_channels;
-  // Estimates err by a few percent.
+  // Estimates err by a tenth.
   const double winograd = ThinnedConv2DWinogradCost(*arguments);
-  if (winograd >= 0 && winograd < 0.95 * best) return 0;
-  const int64_t num_tiles = NumTiles(tiles);
+  if (winograd >= 0 && winograd < 0.9 * best) return 0;
   const Panels panels = MakePanels(geometry.out_channels);
+  if (!tiles.copied && NumTiles(tiles) < kFewItems &&
+      arguments->kept * panels.vectors * kLanes * 4 <= kTogetherBytes) {
+    // Work is cut by rows rather than by panels, all of which a block of pixels then serves.
+    const int64_t rows = Max(CeilDiv(kFewPixels, tiles.grid.columns),
+                             CeilDiv(tiles.grid.rows, CeilDiv(kFewItems, tiles.grid.batch)));
+    CutTiles(Min(rows, tiles.grid.rows), 1, &tiles);
+  }
+  const int64_t num_tiles = NumTiles(tiles);
   parameters.splits = 1;
-  if (num_tiles < kWantedItems / 2) {
+  if (num_tiles < kFewItems) {
     parameters.shared_tiles = tiles.copied;
     parameters.splits = Min(CeilDiv(kWantedItems, num_tiles), panels.count);
   }
   parameters.chunks =
       Max(1, CeilDiv(arguments->kept * PanelAt(panels, 0).vectors * kLanes * 4, kChunkBytes));
-  // A copy is in the caches; the rest is fetched a row of pixels ahead, or a block without taps.
-  if (!tiles.copied) {
-    parameters.x_ahead =
-        geometry.kernel_height * geometry.kernel_width > 1
-            ? geometry.stride_height * tiles.row_stride
-            : kBlockPoints[PanelAt(panels, 0).vectors] * geometry.stride_width * tiles.pixel_stride;
-  }
   const double result = 4.0 * static_cast<double>(geometry.batch) * geometry.out_height *
                         geometry.out_width * geometry.out_channels;
+  // Gathered pixels come to every panel one line after the other, as panels do to them.
+  const int64_t chunk_bytes =
+      CeilDiv(arguments->kept, parameters.chunks) * PanelAt(panels, 0).vectors * kLanes * 4;
+  parameters.together =
+      parameters.gathered ? 1 : Max(1, Min(kMostTogether, kTogetherBytes / Max(1, chunk_bytes)));
   parameters.stream = parameters.chunks == 1 && Streams(geometry, result);
   parameters.fetch_out = !parameters.stream && result >= static_cast<double>(kFetchFrom);
 

@@ -267,7 +267,7 @@ void ThinnedConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* 
           sums.terms = prepared.terms + pixel;
           sums.num_terms = PartBegin(tile.pixels, chunks, chunk + 1) - pixel;
           sums.ahead = 0;
-          sums.x_ahead = 0;
+          sums.in_order = true;
           sums.stream = false;
           sums.out = result + panel.first_vector * kLanes;
           sums.add = add;

@@ -39,7 +39,7 @@ constexpr int64_t kEnoughPixels = 192;                  // Of a tile of the batc
 constexpr int64_t kMostTileBytes = 8 << 20;             // Likewise, of the input.
 constexpr double kNearTaps = 1 << 20;                   // Bytes.
 constexpr double kFarTap = 0.01, kFarSquareTap = 0.03;  // Cycles for a byte of others.
-constexpr double kSquareCost = 140;                     // Cycles to transform a vector of a square.
+constexpr double kSquareCost = 240;                     // Cycles to transform a vector of a square.
 constexpr int64_t kEnoughSquares = 24;                  // Of a tile of the batch,
 constexpr int64_t kSquareBytes = 512 * 1024;            // and of all of their points.
 constexpr int64_t kPanelsTogether = 4;
@@ -80,7 +80,7 @@ KS_INLINE int64_t NumPoints(const Parameters& parameters) {
 KS_INLINE int64_t BundleTaps(const Parameters& parameters) {
   return parameters.squares ? kMostTaps : kTaps;
 }
-KS_INLINE int64_t BundleFrom(const Parameters& parameters) { return parameters.squares ? 3 : 2; }
+KS_INLINE int64_t BundleFrom(const Parameters& parameters) { return parameters.squares ? 1 : 2; }
 
 // The shape of transformed pixels, [points][images * rows][columns of tiles][channels]: floats
 // between neighbours. The rows are those of squares, or else padded ones of pixels. Tiles are an
@@ -458,17 +458,6 @@ void TransformRows(const KsArguments& arguments, const Parameters& parameters,
   }
 }
 
-// What is fetched while sums are computed: the input of the next tile of the batch, and where the
-// results of the panel will be stored.
-struct Fetching {
-  Upcoming input, output;
-};
-
-// Of a span's points, the parts between which to fetch.
-KS_INLINE int64_t Turns(int64_t points, int64_t vectors) {
-  return CeilDiv(points, kBlocksAtOnce * kBlockPoints[vectors]);
-}
-
 // The rows of a kind in a span that a tile of the batch has, counted from the tile's first.
 struct SpanInTile {
   int64_t begin, rows;
@@ -501,12 +490,11 @@ void SumKind(const Parameters& parameters, const Spans& spans, const Kind& kind,
   Sums sums = {};
   sums.w = taps;
   sums.w_stride = whole.channels;
-  const int64_t at_once = kBlocksAtOnce * kBlockPoints[panel.vectors];
   for (int64_t chunk = 0; chunk < kind.chunks; ++chunk) {
     // The next chunk comes next in memory.
-    const int64_t ahead = (PartBegin(kind.terms, kind.chunks, chunk + 1) -
-                           PartBegin(kind.terms, kind.chunks, chunk)) *
-                          sums.w_stride;
+    const int64_t kind_terms =
+        PartBegin(kind.terms, kind.chunks, chunk + 1) - PartBegin(kind.terms, kind.chunks, chunk);
+    sums.ahead = kind_terms * sums.w_stride;
     sums.add = chunk > 0;
     const Term* terms = prepared.terms;
     const int32_t* begins = prepared.chunks + chunk;
@@ -514,20 +502,12 @@ void SumKind(const Parameters& parameters, const Spans& spans, const Kind& kind,
     for (int64_t r = 0; r < parameters.row_spans; ++r) {
       const Span& span = spans.rows[r];
       const SpanInTile here = InTile(span, tile, kind);
-      const int64_t count = tile.images * here.rows * kind.columns;
-      const int64_t turns = Turns(count, panel.vectors);
       sums.terms = terms + begins[0];
       sums.num_terms = begins[1] - begins[0];
       sums.out = out + here.begin * kind.columns * kSumWidth;
-      for (int64_t turn = 0; turn < turns; ++turn) {
-        const int64_t first = turn * at_once;
-        const int64_t fetched = turn * kBlocksAtOnce * kLineFloats;
-        sums.ahead = fetched <= sums.w_stride ? ahead + fetched : 0;
-        SumPoints(functions, whole, x + here.begin * x_row, points + first,
-                  Min(at_once, count - first), sums);
-        FetchDue(1, &fetching->input);
-        FetchDue(1, &fetching->output);
-      }
+      sums.in_order = sums.num_terms == kind_terms;
+      SumAndFetch(functions, whole, x + here.begin * x_row, points,
+                  tile.images * here.rows * kind.columns, sums, fetching);
       terms += kind.terms;
       begins += kind.chunks + 1;
       points += tiles.images * CeilDiv(Min(tiles.rows, span.end - span.begin), kind.height) *
@@ -639,22 +619,7 @@ void Finish(const KsArguments& arguments, const Parameters& parameters, const Ti
   }
 }
 
-// Fetches the rows of a tile of the batch in `steps` steps: a line to a lane, and on from there.
-void FetchTile(const KsArguments& arguments, const Tile& tile, int64_t steps, Upcoming* upcoming) {
-  const KsGeometry& geometry = arguments.geometry;
-  const int64_t row = geometry.in_width * geometry.in_channels;
-  const int64_t y = Max(0, tile.first_row - geometry.pad_top);
-  const int64_t last = Min(geometry.in_height, tile.first_row - geometry.pad_top + tile.rows +
-                                                   geometry.kernel_height - 1);
-  const int64_t rows = (tile.images - 1) * geometry.in_height + Max(0, last - y);
-  const float* from = arguments.input + (tile.first_image * geometry.in_height + y) * row;
-  for (int l = 0; l < kLanes; ++l) {
-    upcoming->pixels[l] = reinterpret_cast<intptr_t>(from) + l * KS_ALIGNMENT;
-  }
-  FetchPixelsIn(steps, 1, CeilDiv(rows * row * 4, kLanes * KS_ALIGNMENT), KS_ALIGNMENT, 0,
-                kLanes * KS_ALIGNMENT, upcoming);
-}
-// Likewise where results go, from a panel on for `channels`: a pixel to a lane.
+// Fetches where results go, from a panel on for `channels`, in `steps` steps: a pixel to a lane.
 void FetchResults(const KsArguments& arguments, const Tile& tile, const Panel& panel,
                   int64_t channels, int64_t steps, Upcoming* upcoming) {
   const KsGeometry& geometry = arguments.geometry;
@@ -679,9 +644,7 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
   const int64_t point_sums = SumsOfPoint(parameters), panel_sums = SumsOfPanel(parameters);
   const int64_t num_points = NumPoints(parameters), terms = parameters.bundles.terms;
   const int64_t single_terms = parameters.singles.terms;
-  Fetching fetching;
-  FetchNothing(&fetching.input);
-  FetchNothing(&fetching.output);
+  Fetching fetching = NothingToFetch();
   for (int64_t first = panel_begin; first < panel_end; first += parameters.together) {
     const int64_t together = Min(parameters.together, panel_end - first);
     for (int64_t p = 0; p < num_points; ++p) {
@@ -695,7 +658,13 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
             turns += KindTurns(parameters, spans, parameters.singles, tile, panel.vectors);
           }
           if (parameters.fetch_input && next != nullptr && first == panel_begin) {
-            FetchTile(arguments, *next, turns * (panel_end - panel_begin), &fetching.input);
+            const KsGeometry& g = arguments.geometry;
+            const int64_t row = Max(0, next->first_row - g.pad_top);
+            const int64_t end =
+                Min(g.in_height, next->first_row - g.pad_top + next->rows + g.kernel_height - 1);
+            FetchRows(arguments, next->first_image * g.in_height + row,
+                      (next->images - 1) * g.in_height + Max(0, end - row),
+                      turns * (panel_end - panel_begin), &fetching.input);
           }
           if (parameters.fetch_output) {
             const Panel last = PanelAt(panels, first + together - 1);
