@@ -407,6 +407,8 @@ TEST(Routines, ThinnedTiles) {
     cases.push_back({batch, 12, 12, 130, 32, 1, 1});
   }
   cases.push_back(Same({1, 3, 6000, 8, 7, 3, 3}));
+  cases.push_back(Same({2, 5, 6, 20, 600, 3, 3}));  // More panels than are computed together.
+  cases.push_back({2, 5, 6, 20, 600, 5, 1});
   cases.push_back(Same({2, 256, 256, 3, 16, 3, 3}));  // Results stored past the caches.
   cases.push_back(Same({5, 30, 57, 272, 3, 1, 3, 1, 1, 1, 1, 0, 0, 0, 0, 0.05}));
   // Taps in the padding alone, and more kinds of rows and columns than classes are made for.
@@ -627,6 +629,9 @@ TEST(Routines, ThinnedWinograd) {
   c.density = 0.5;
   cases.push_back(c);
   c = Same({40, 7, 7, 40, 20, 3, 3});  // and that hold several.
+  c.density = 0.5;
+  cases.push_back(c);
+  c = Same({3, 21, 10, 70, 300, 3, 3});  // Panels that are computed together, and the rest.
   c.density = 0.5;
   cases.push_back(c);
   CheckAll(cases);

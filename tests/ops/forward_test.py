@@ -201,28 +201,44 @@ def test_huge_dilation_takes_no_memory():
     np.testing.assert_allclose(actual, inputs.sum(-1, keepdims=True), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("channels", "density"), [(32, 1.0), (64, 0.5), (256, 0.1)])
-def test_minimal_filtering_is_about_as_accurate_as_direct_sums(channels, density):
-    """3x3 tables of many channels run as F(4, 3); with its customary points errors would be twice those of plain sums.
+def errors_beside_plain_sums(inputs, kernel, actual):
+    """Root mean square error of a 3x3 convolution, as a multiple of that of adding one product after the other.
 
     TensorFlow's own errors depend on the CPU: it runs oneDNN on some and Eigen, whose sums are shorter, on others.
     """
-    generator = oracle.rng(9, channels)
-    kernel, filter, row_splits, input_channels = oracle.connection_table(generator, density, (3, 3), channels, 64)
-    inputs = generator.standard_normal((4, 16, 16, channels)).astype(np.float32)
     expected = oracle.conv2d(inputs, kernel, padding="same")
     padded = np.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
     direct = np.zeros(expected.shape, np.float32)
-    for s in range(channels):
+    height, width = inputs.shape[1:3]
+    for s in range(inputs.shape[-1]):
         for i in range(3):
             for j in range(3):
-                direct += padded[:, i : i + 16, j : j + 16, s, None] * kernel[i, j, s]
+                direct += padded[:, i : i + height, j : j + width, s, None] * kernel[i, j, s]
 
-    def error(actual):
-        return np.sqrt(np.mean((np.asarray(actual, np.float64) - expected) ** 2))
+    def error(values):
+        return np.sqrt(np.mean((np.asarray(values, np.float64) - expected) ** 2))
 
+    return error(actual) / error(direct)
+
+
+@pytest.mark.parametrize(("channels", "density"), [(32, 1.0), (64, 0.5), (256, 0.1)])
+def test_minimal_filtering_is_about_as_accurate_as_direct_sums(channels, density):
+    """3x3 tables of many channels run as F(4, 3); with its customary points errors would be twice as large."""
+    generator = oracle.rng(9, channels)
+    kernel, filter, row_splits, input_channels = oracle.connection_table(generator, density, (3, 3), channels, 64)
+    inputs = generator.standard_normal((4, 16, 16, channels)).astype(np.float32)
     sparse = ops.connection_conv2d(inputs, filter, row_splits, input_channels, padding="same")
-    assert error(sparse) < 1.7 * error(direct)
+    assert errors_beside_plain_sums(inputs, kernel, sparse) < 1.7
+
+
+@pytest.mark.parametrize(("channels", "density"), [(32, 1.0), (64, 0.5), (256, 0.6)])
+def test_minimal_filtering_of_squares_is_accurate(channels, density):
+    """Thinned 3x3 kernels run as F(4x4, 3x3): errors are those of rows, twice over."""
+    generator = oracle.rng(10, channels)
+    kernel, filter, indices = oracle.thinned_filter(generator, density, (3, 3), channels, 64)
+    inputs = generator.standard_normal((4, 16, 16, channels)).astype(np.float32)
+    sparse = ops.thinned_conv2d(inputs, filter, indices, (3, 3), padding="same")
+    assert errors_beside_plain_sums(inputs, kernel, sparse) < 1.7**2
 
 
 def test_library_path():

@@ -5,13 +5,12 @@
 // ThinnedConv2DWinograd filters along rows, kernels three taps wide. A bundle is the three taps of
 // an input channel in a row of the kernel. Where two or three of them are kept, the bundle is one
 // term at each of six points: six products for four neighbouring results instead of eight or
-// twelve.
+// twelve. A tap that is kept alone stays a term of pixels, as in ThinnedConv2D.
 //
 // ThinnedConv2DWinogradSquares filters along rows and columns, kernels of 3x3 taps. A bundle is the
-// nine taps of an input channel. Where three of them or more are kept, it is one term at each of 36
-// points: 36 products for a square of 4x4 results instead of 48 to 144.
-//
-// Taps of which a bundle has too few stay terms of pixels, as in ThinnedConv2D.
+// nine taps of an input channel. Where any of them is kept, the bundle is one term at each of 36
+// points: 36 products for a square of 4x4 results, where nine taps kept take 144 and three take 48.
+// Single taps beside bundles would need fewer products, but take longer than they save.
 //
 // The input is transformed a tile of the batch at a time, point after point. Of each point, the
 // sums over bundles go to scratch, a few panels of result channels at a time; so do the sums over
@@ -42,8 +41,7 @@ constexpr double kFarTap = 0.01, kFarSquareTap = 0.03;  // Cycles for a byte of 
 constexpr double kSquareCost = 240;                     // Cycles to transform a vector of a square.
 constexpr int64_t kEnoughSquares = 24;                  // Of a tile of the batch,
 constexpr int64_t kSquareBytes = 512 * 1024;            // and of all of their points.
-constexpr int64_t kPanelsTogether = 4;
-constexpr int64_t kBlocksAtOnce = 3;  // Between two turns of fetching.
+constexpr int64_t kTogetherWidth = 64;                  // Channels of panels computed together.
 // Of PlanTiles' budget: transformed pixels and sums take the rest.
 constexpr int64_t kPixelBytes = kTileBytes / 2;
 
@@ -803,9 +801,8 @@ double Choose(const KsArguments& arguments, bool squares, Parameters* parameters
   const int64_t row_bytes = PanelAt(panels, 0).vectors * kLanes * 4;
   bundles.chunks = Max(1, CeilDiv(bundles.terms * row_bytes, kChunkBytes));
   singles.chunks = Max(1, CeilDiv(singles.terms * row_bytes, kChunkBytes));
-  parameters->together = squares ? Min(kPanelsTogether, panels.count) : 1;
-  // Squares are transformed straight from the input.
-  if (squares && singles.terms == 0) parameters->tiles.copied = 0;
+  parameters->together = squares ? Min(Max(1, kTogetherWidth / kSumWidth), panels.count) : 1;
+  if (squares) parameters->tiles.copied = 0;  // They are transformed straight from the input.
   double best = -1;
   for (int64_t split = 0; split < (squares ? 1 : 2); ++split) {
     Parameters candidate = *parameters;

@@ -1,19 +1,21 @@
 // Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
 //
-// Minimal filtering of rows, Winograd's F(4, 3): four neighbouring results of three taps from six
-// products instead of twelve. With d the six source columns of a tile, g the taps of a row,
+// Minimal filtering, Winograd's F(4, 3): four neighbouring results of three taps from six products
+// instead of twelve. With d the six source columns of a tile, g the taps of a row,
 //
 //   y = A^T [(G g) * (B^T d)]     (* element by element)
 //
-// computes a product of polynomials from their values at six points. A convolution of 3x3 taps is
+// computes a product of polynomials from their values at six points. A connection of 3x3 taps is
 // transformed along its rows only: of each point remains a convolution of three taps along the
-// columns, whose loads still feed three sums. Source tiles are transformed once for all result
+// columns, whose loads still feed three sums. Thinned kernels, whose loads feed many sums in any
+// case, are transformed along columns as well where that pays: 36 products for 4x4 results instead
+// of 144. Source tiles are transformed once for all result
 // channels, taps once for all tiles, sums back once for all source channels.
 //
 // The points are 0, +-3/4, +-3/2 and infinity. They balance the sizes of the products: rounding
 // errors are about 1.5 times those of sums of one product after the other
-// (tests/ops/forward_test.py), where the customary 0, +-1, +-2 and infinity make it 2. A value that
-// is not finite reaches all results of its tile.
+// (tests/ops/forward_test.py), where the customary 0, +-1, +-2 and infinity make it 2; along both
+// axes, 2 to 2.6. A value that is not finite reaches all results of its tile.
 
 #ifndef KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_WINOGRAD_H_
 #define KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_WINOGRAD_H_
