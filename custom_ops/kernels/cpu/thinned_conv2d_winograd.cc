@@ -803,6 +803,7 @@ double Choose(const KsArguments& arguments, bool squares, Parameters* parameters
   singles.chunks = Max(1, CeilDiv(singles.terms * row_bytes, kChunkBytes));
   parameters->together = squares ? Min(Max(1, kTogetherWidth / kSumWidth), panels.count) : 1;
   if (squares) parameters->tiles.copied = 0;  // They are transformed straight from the input.
+  if (FilterBytes(geometry, *parameters) > kScratchLimit) return -1;
   double best = -1;
   for (int64_t split = 0; split < (squares ? 1 : 2); ++split) {
     Parameters candidate = *parameters;

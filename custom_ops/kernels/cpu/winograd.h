@@ -9,8 +9,8 @@
 // transformed along its rows only: of each point remains a convolution of three taps along the
 // columns, whose loads still feed three sums. Thinned kernels, whose loads feed many sums in any
 // case, are transformed along columns as well where that pays: 36 products for 4x4 results instead
-// of 144. Source tiles are transformed once for all result
-// channels, taps once for all tiles, sums back once for all source channels.
+// of 144. Source tiles are transformed once for all result channels, taps once for all tiles, sums
+// back once for all source channels.
 //
 // The points are 0, +-3/4, +-3/2 and infinity. They balance the sizes of the products: rounding
 // errors are about 1.5 times those of sums of one product after the other
