@@ -20,6 +20,15 @@ int64_t RoundUp(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit 
 
 }  // namespace
 
+void AskForHugePages(void* data, int64_t bytes) {
+#ifdef __linux__
+  const int64_t address = reinterpret_cast<intptr_t>(data);
+  const int64_t begin = RoundUp(address, kHugePage);
+  const int64_t end = (address + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 Block::Block(int64_t bytes) {
   if (bytes <= 0) return;
   const bool huge = bytes >= kHugePage;
@@ -27,9 +36,7 @@ Block::Block(int64_t bytes) {
   const int64_t size = RoundUp(bytes, alignment);
   void* data = nullptr;
   if (posix_memalign(&data, alignment, size) != 0) return;
-#ifdef __linux__
-  if (huge) madvise(data, size, MADV_HUGEPAGE);  // A wish; nothing depends on it.
-#endif
+  if (huge) AskForHugePages(data, size);
   data_ = static_cast<char*>(data);
   bytes_ = size;
 }

@@ -13,6 +13,10 @@
 
 namespace keras_sparse {
 
+// Asks the system for huge pages in [data, data + bytes), which may belong to anyone: a wish, on
+// which nothing depends.
+void AskForHugePages(void* data, int64_t bytes);
+
 // Uninitialised memory, aligned to KS_ALIGNMENT; large blocks lie on huge pages where the system
 // has them, which planes read in random order need.
 class Block {

@@ -3,11 +3,7 @@
 // The OpKernels: they check what the caller passes, allocate, and run the stages of a compute
 // routine on TensorFlow's thread pool.
 
-#include <stdint.h>
 #include <string.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -43,20 +39,11 @@ constexpr int kLooks = 2000;            // Some 20 microseconds.
 constexpr int64_t kScratchOfAll = int64_t{2} << 30;  // Fewer threads work, rather than more memory.
 
 // Large tensors are new memory again and again, as the C library gives them back to the system when
-// they are freed. Mapping it in pages of 4 kB takes longer than a sparse convolution does; where
-// the system has pages of 2 MB for those that ask, this asks. It changes no values, and may fail.
-constexpr uintptr_t kHugePage = 2 << 20;  // Bytes.
-constexpr int64_t kHugeFrom = 4 << 20;
-
+// they are freed, and mapping it in pages of 4 kB can take longer than a sparse convolution does.
+constexpr int64_t kHugeFrom = 4 << 20;  // Bytes.
 void AskForHugePages(Tensor* tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
   const int64_t bytes = tensor->TotalBytes();
-  if (bytes < kHugeFrom) return;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(tensor->data());
-  const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (data + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+  if (bytes >= kHugeFrom) keras_sparse::AskForHugePages(tensor->data(), bytes);
 }
 
 void Pause() {

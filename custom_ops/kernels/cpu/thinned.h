@@ -1,6 +1,6 @@
 // Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
 //
-// What the two routines of the forward thinned convolution share: the rows (or columns) that see
+// What the routines of the forward thinned convolution share: the rows (or columns) that see
 // the padding alike, packing kept rows into panels, and what a term costs.
 
 #ifndef KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_THINNED_H_
@@ -14,7 +14,6 @@ namespace KS_ISA {
 
 constexpr int64_t kChunkBytes = 96 * 1024;   // Of a panel of W'.
 constexpr int64_t kRowsOfItem = 64;          // Kept rows packed at a time.
-constexpr int64_t kBlocksAtOnce = 3;         // Between two turns of fetching.
 constexpr int64_t kMostSpans = 9;            // Of an axis.
 constexpr int64_t kMostPositions = 4096;     // Of an axis: more are not worth looking at each.
 constexpr int64_t kMostTermBytes = 8 << 20;  // Of all classes.
@@ -111,37 +110,6 @@ inline void PackRows(const KsArguments& arguments, const int32_t* order, int64_t
 }
 
 // --- Fetching ------------------------------------------------------------------------------------
-
-// What is fetched while sums are computed: the input of the next tile of the batch, and where the
-// results of panels will be stored.
-struct Fetching {
-  Upcoming input, output;
-};
-KS_INLINE Fetching NothingToFetch() {
-  Fetching fetching;
-  FetchNothing(&fetching.input);
-  FetchNothing(&fetching.output);
-  return fetching;
-}
-
-// Of the sums of `points`, the parts between which to fetch.
-KS_INLINE int64_t Turns(int64_t points, int64_t vectors) {
-  return CeilDiv(points, kBlocksAtOnce * kBlockPoints[vectors]);
-}
-
-// SumPoints, a step of fetching to a turn.
-inline void SumAndFetch(const SumFunctions& functions, const Panel& panel, const float* x,
-                        const Point* points, int64_t count, Sums sums, Fetching* fetching) {
-  const int64_t at_once = kBlocksAtOnce * kBlockPoints[panel.vectors];
-  const int64_t ahead = sums.ahead;
-  for (int64_t first = 0, lines = 0; first < count; first += at_once, lines += kBlocksAtOnce) {
-    // The turns that fetch rows of taps come first.
-    sums.ahead = lines * kLineFloats <= panel.vectors * kLanes ? ahead + lines * kLineFloats : 0;
-    SumPoints(functions, panel, x, points + first, Min(at_once, count - first), sums);
-    FetchDue(1, &fetching->input);
-    FetchDue(1, &fetching->output);
-  }
-}
 
 // Fetches `rows` rows of the input from `row` on, counted over all images, in `steps` steps: a line
 // to a lane, and on from there. Rows may lie outside of the input.

@@ -41,6 +41,7 @@ constexpr double kFarTap = 0.01, kFarSquareTap = 0.03;  // Cycles for a byte of 
 constexpr double kSquareCost = 240;                     // Cycles to transform a vector of a square.
 constexpr int64_t kEnoughSquares = 24;                  // Of a tile of the batch,
 constexpr int64_t kSquareBytes = 512 * 1024;            // and of all of their points.
+constexpr int64_t kBlocksAtOnce = 3;                    // Between two turns of fetching.
 constexpr int64_t kTogetherWidth = 64;                  // Channels of panels computed together.
 // Of PlanTiles' budget: transformed pixels and sums take the rest.
 constexpr int64_t kPixelBytes = kTileBytes / 2;
@@ -456,6 +457,37 @@ void TransformRows(const KsArguments& arguments, const Parameters& parameters,
   }
 }
 
+// What is fetched while sums are computed: the input of the next tile of the batch, and where the
+// results of panels will be stored.
+struct Fetching {
+  Upcoming input, output;
+};
+KS_INLINE Fetching NothingToFetch() {
+  Fetching fetching;
+  FetchNothing(&fetching.input);
+  FetchNothing(&fetching.output);
+  return fetching;
+}
+
+// Of the sums of `points`, the parts between which to fetch.
+KS_INLINE int64_t Turns(int64_t points, int64_t vectors) {
+  return CeilDiv(points, kBlocksAtOnce * kBlockPoints[vectors]);
+}
+
+// SumPoints, a step of fetching to a turn.
+inline void SumAndFetch(const SumFunctions& functions, const Panel& panel, const float* x,
+                        const Point* points, int64_t count, Sums sums, Fetching* fetching) {
+  const int64_t at_once = kBlocksAtOnce * kBlockPoints[panel.vectors];
+  const int64_t ahead = sums.ahead;
+  for (int64_t first = 0, lines = 0; first < count; first += at_once, lines += kBlocksAtOnce) {
+    // The turns that fetch rows of taps come first.
+    sums.ahead = lines * kLineFloats <= panel.vectors * kLanes ? ahead + lines * kLineFloats : 0;
+    SumPoints(functions, panel, x, points + first, Min(at_once, count - first), sums);
+    FetchDue(1, &fetching->input);
+    FetchDue(1, &fetching->output);
+  }
+}
+
 // The rows of a kind in a span that a tile of the batch has, counted from the tile's first.
 struct SpanInTile {
   int64_t begin, rows;
@@ -645,31 +677,29 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
   Fetching fetching = NothingToFetch();
   for (int64_t first = panel_begin; first < panel_end; first += parameters.together) {
     const int64_t together = Min(parameters.together, panel_end - first);
+    const Panel begin = PanelAt(panels, first), last = PanelAt(panels, first + together - 1);
+    int64_t turns =
+        num_points * KindTurns(parameters, spans, parameters.bundles, tile, begin.vectors);
+    if (single_terms > 0) {
+      turns += KindTurns(parameters, spans, parameters.singles, tile, begin.vectors);
+    }
+    if (parameters.fetch_input && next != nullptr && first == panel_begin) {
+      const KsGeometry& g = arguments.geometry;
+      const int64_t row = Max(0, next->first_row - g.pad_top);
+      const int64_t end =
+          Min(g.in_height, next->first_row - g.pad_top + next->rows + g.kernel_height - 1);
+      FetchRows(arguments, next->first_image * g.in_height + row,
+                (next->images - 1) * g.in_height + Max(0, end - row),
+                turns * (panel_end - panel_begin), &fetching.input);
+    }
+    if (parameters.fetch_output) {
+      const int64_t channels = (last.first_vector - begin.first_vector) * kLanes + last.channels;
+      FetchResults(arguments, tile, begin, channels, turns * together, &fetching.output);
+    }
     for (int64_t p = 0; p < num_points; ++p) {
       for (int64_t i = 0; i < together; ++i) {
         const Panel panel = PanelAt(panels, first + i);
         const int64_t channel = panel.first_vector * kLanes, width = panel.vectors * kLanes;
-        if (p == 0 && i == 0) {
-          int64_t turns =
-              num_points * KindTurns(parameters, spans, parameters.bundles, tile, panel.vectors);
-          if (single_terms > 0) {
-            turns += KindTurns(parameters, spans, parameters.singles, tile, panel.vectors);
-          }
-          if (parameters.fetch_input && next != nullptr && first == panel_begin) {
-            const KsGeometry& g = arguments.geometry;
-            const int64_t row = Max(0, next->first_row - g.pad_top);
-            const int64_t end =
-                Min(g.in_height, next->first_row - g.pad_top + next->rows + g.kernel_height - 1);
-            FetchRows(arguments, next->first_image * g.in_height + row,
-                      (next->images - 1) * g.in_height + Max(0, end - row),
-                      turns * (panel_end - panel_begin), &fetching.input);
-          }
-          if (parameters.fetch_output) {
-            const Panel last = PanelAt(panels, first + together - 1);
-            const int64_t end = last.first_vector * kLanes + last.channels;
-            FetchResults(arguments, tile, panel, end - channel, turns * together, &fetching.output);
-          }
-        }
         SumKind(parameters, spans, parameters.bundles, prepared.bundles, functions, tile, panel,
                 prepared.point_taps + terms * (num_points * channel + p * width),
                 transformed + p * shape.point, shape.row, sums + i * panel_sums + p * point_sums,

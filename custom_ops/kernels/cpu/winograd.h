@@ -15,7 +15,8 @@
 // The points are 0, +-3/4, +-3/2 and infinity. They balance the sizes of the products: rounding
 // errors are about 1.5 times those of sums of one product after the other
 // (tests/ops/forward_test.py), where the customary 0, +-1, +-2 and infinity make it 2; along both
-// axes, 2 to 2.6. A value that is not finite reaches all results of its tile.
+// axes, errors are those of one twice over. A value that is not finite reaches all results of its
+// tile.
 
 #ifndef KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_WINOGRAD_H_
 #define KERAS_SPARSE_CUSTOM_OPS_KERNELS_CPU_WINOGRAD_H_
