@@ -16,6 +16,7 @@
 #include "custom_ops/kernels/conv2d.h"
 #include "custom_ops/tensorflow/block_pool.h"
 #include "custom_ops/tensorflow/conv2d_attributes.h"
+#include "custom_ops/tensorflow/prepared.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/framework/tensor_shape.h"
@@ -127,34 +128,6 @@ int64_t StageWorkers(const KsStage& stage, int64_t threads) {
   const int64_t most = std::min(threads, stage.items);
   return worth < most ? std::max<int64_t>(1, static_cast<int64_t>(worth)) : most;
 }
-
-// The plan for some arguments and what it prepared from their table. Never changed once it is
-// there.
-struct Prepared {
-  KsArguments arguments;  // Tensor values aside.
-  // Hold on to the table: while somebody does, TensorFlow neither writes to its memory nor gives it
-  // away, so that a table at the same place is the same table.
-  std::vector<Tensor> table;
-  KsPlan plan;
-  const KsRoutine* routine;
-  bool pools_apart;  // The plan does not pool, although the arguments say so.
-  Block block;
-};
-
-bool SamePlan(const KsArguments& a, const KsArguments& b) {
-  return memcmp(&a.geometry, &b.geometry, sizeof(a.geometry)) == 0 && a.kept == b.kept &&
-         a.row_splits == b.row_splits && a.input_channels == b.input_channels &&
-         a.indices == b.indices && (a.bias == nullptr) == (b.bias == nullptr) &&
-         (a.residual == nullptr) == (b.residual == nullptr) && a.activation == b.activation &&
-         a.pool == b.pool;
-}
-
-// What was prepared from a filter, likewise.
-struct PackedFilter {
-  std::shared_ptr<const Prepared> prepared;
-  Tensor filter;
-  Block block;
-};
 
 // Runs stages of a plan on the threads of a device.
 class StageRunner {
@@ -340,6 +313,10 @@ class Conv2DOp : public OpKernel {
       std::lock_guard<std::mutex> lock(mutex_);
       if (prepared_ != nullptr && SamePlan(prepared_->arguments, arguments)) prepared = prepared_;
     }
+    if (prepared == nullptr && (prepared = FindPrepared(arguments)) != nullptr) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      prepared_ = prepared;
+    }
     if (prepared == nullptr) {
       int64_t position;
       const KsStatus check = ks_check_arguments(&arguments, &position);
@@ -430,6 +407,7 @@ class Conv2DOp : public OpKernel {
     }
     if (fresh) {
       runner.Run(KS_PREPARES_TABLE, memory);
+      Share(prepared);
       std::lock_guard<std::mutex> lock(mutex_);
       prepared_ = prepared;
     }
@@ -442,14 +420,17 @@ class Conv2DOp : public OpKernel {
     bool keep = false;
     if (kForward) {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (packed_ != nullptr && packed_->prepared == prepared &&
-          packed_->filter.template flat<float>().data() == arguments.filter) {
+      if (packed_ != nullptr && SameFilter(*packed_, prepared, arguments.filter)) {
         packed = packed_;
         changes_ = 0;
       } else {
         keep = ++changes_ <= kMostChanges;
         if (!keep) packed_ = nullptr;
       }
+    }
+    if (keep && (packed = FindPackedFilter(prepared, arguments.filter)) != nullptr) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      packed_ = packed;
     }
     if (packed != nullptr) {
       memory.filter = packed->block.data();
@@ -464,6 +445,7 @@ class Conv2DOp : public OpKernel {
       memory.filter = fresh_filter->block.data();
       if (memory.filter == nullptr) return OutOfMemory(plan.filter_bytes);
       runner.Run(KS_PREPARES_FILTER, memory);
+      Share(fresh_filter);
       {
         std::lock_guard<std::mutex> lock(mutex_);
         packed_ = fresh_filter;

@@ -23,7 +23,7 @@ namespace KS_ISA {
 // --- Register blocks -----------------------------------------------------------------------------
 
 // A block of points x vectors stays in registers; a term is one load per vector and one broadcast
-// per point. Points are pointers of their own, so that a block may cross rows and images; the
+// per point. Points have places of their own, so that a block may cross rows and images; the
 // general registers limit them where the vector registers would not.
 constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kMostPoints = kRegisters == 32 ? 9 : 8;
@@ -35,18 +35,21 @@ struct Term {
 };
 
 struct Point {
-  int64_t x;    // Floats from the first point's.
-  int64_t out;  // Likewise.
+  int64_t x;    // Floats from Sums::x,
+  int64_t out;  // and from Sums::out.
 };
 
 struct Sums {
+  const float* x;
   const float* w;
   int64_t w_stride;  // Floats between rows.
   const Term* terms;
   int64_t num_terms;
   int64_t ahead;  // Floats from a row to what is wanted next: fetched by the first blocks, which
                   // take a cache line each; 0: nothing is.
-  bool in_order;  // Whether the rows of terms follow each other.
+  int64_t x_ahead = 0;  // Floats from what is read of a point to what is fetched for later blocks;
+                        // 0: nothing is. With kFetchByTerms only.
+  bool in_order;        // Whether the rows of terms follow each other.
   float* out;
   bool add;     // To what `out` holds.
   bool stream;  // Stores past the caches.
@@ -57,10 +60,12 @@ struct Sums {
   const Epilogue* epilogue = nullptr;
 };
 
-// The one place where finished sums of a block go to memory: to `outs`, whose distance from
-// sums.out is that of its residual.
+// The one place where finished sums of a block go to memory.
 template <int kCount, int kVectors>
-KS_INLINE void StoreSums(const Sums& sums, float* const* outs, Vec (&block)[kCount][kVectors]) {
+KS_INLINE void StoreSums(const Sums& sums, const Point* points, Vec (&block)[kCount][kVectors]) {
+  float* outs[kCount];
+  KS_UNROLL
+  for (int p = 0; p < kCount; ++p) outs[p] = sums.out + points[p].out;
   // Adding at the end, rather than starting from what was there, keeps long sums more accurate.
   if (sums.add) {
     KS_UNROLL
@@ -79,7 +84,7 @@ KS_INLINE void StoreSums(const Sums& sums, float* const* outs, Vec (&block)[kCou
       for (int p = 0; p < kCount; ++p) {
         block[p][v] += bias;
         if (epilogue.residual != nullptr) {
-          block[p][v] += Load(epilogue.residual + (outs[p] - sums.out) + v * kLanes);
+          block[p][v] += Load(epilogue.residual + points[p].out + v * kLanes);
         }
         block[p][v] = Clamp(block[p][v], least, most);
       }
@@ -100,34 +105,43 @@ KS_INLINE void StoreSums(const Sums& sums, float* const* outs, Vec (&block)[kCou
   }
 }
 
-// Where the rows of terms are: anywhere; one after the other; or anywhere, and what comes after
-// them is fetched. A term has nearly as many loads as the CPU does in the time of its products, and
-// a fetch takes the place of one.
-enum { kAnyRows, kRowsInOrder, kRowsFetched, kRowKinds };
+// Where the rows of terms are: anywhere; one after the other; anywhere, and what comes after them
+// is fetched; or that, and points as well. With short vectors a term has nearly as many loads as
+// the CPU does in the time of its products, and a fetch takes the place of one.
+enum { kAnyRows, kRowsInOrder, kRowsFetched, kAllFetched, kRowKinds };
+// Whether points that come from memory are fetched a cache line to a term: with long vectors there
+// is time for it, and they are wanted in the first-level cache.
+constexpr bool kFetchByTerms = KS_VECTOR_BYTES == 64;
 
 template <int kCount, int kVectors, int kRows>
-void SumTerms(const Sums& sums, const float* const* points, float* const* outs) {
+void SumTerms(const Sums& sums, const Point* points) {
   const float* x[kCount];
   KS_UNROLL
-  for (int p = 0; p < kCount; ++p) x[p] = points[p];
+  for (int p = 0; p < kCount; ++p) x[p] = sums.x + points[p].x;
   if (sums.fetch_out) {
     KS_UNROLL
     for (int p = 0; p < kCount; ++p) {
       KS_UNROLL
-      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(outs[p] + v * kLanes, 1);
+      for (int v = 0; v < kVectors; ++v) {
+        __builtin_prefetch(sums.out + points[p].out + v * kLanes, 1);
+      }
     }
   }
   Vec block[kCount][kVectors] = {};
   const float* const w = sums.w;
   const int64_t w_stride = sums.w_stride;
-  const int64_t ahead = sums.ahead;
+  const int64_t ahead = sums.ahead, x_ahead = sums.x_ahead;
   const Term* const last = sums.terms + sums.num_terms;
   const float* next = sums.num_terms > 0 ? w + sums.terms->row * w_stride : w;
   for (const Term* term = sums.terms; term != last; ++term) {
     const float* const row = kRows == kRowsInOrder ? next : w + term->row * w_stride;
     next += w_stride;
     const int64_t at = term->x;
-    if (kRows == kRowsFetched) __builtin_prefetch(row + ahead);
+    if (kRows >= kRowsFetched) __builtin_prefetch(row + ahead);
+    if (kRows == kAllFetched) {
+      KS_UNROLL
+      for (int p = 0; p < kCount; ++p) __builtin_prefetch(x[p] + (at + x_ahead));
+    }
     Vec weights[kVectors];
     KS_UNROLL
     for (int v = 0; v < kVectors; ++v) weights[v] = Load(row + v * kLanes);
@@ -138,36 +152,36 @@ void SumTerms(const Sums& sums, const float* const* points, float* const* outs) 
       for (int v = 0; v < kVectors; ++v) block[p][v] += value * weights[v];
     }
   }
-  StoreSums<kCount, kVectors>(sums, outs, block);
+  StoreSums<kCount, kVectors>(sums, points, block);
 }
 
-typedef void (*SumFunction)(const Sums&, const float* const*, float* const*);
+typedef void (*SumFunction)(const Sums&, const Point*);
 struct SumFunctions {
   SumFunction of[kRowKinds][kPanelVectors + 1][kMostPoints + 1];
 };
 template <int kVectors, int kCount>
-struct FillSumFunctions {
-  static void Run(SumFunctions* functions) {
+constexpr void FillSumFunctions(SumFunctions* functions) {
+  if constexpr (kCount > 0) {
     functions->of[kAnyRows][kVectors][kCount] = SumTerms<kCount, kVectors, kAnyRows>;
     functions->of[kRowsInOrder][kVectors][kCount] = SumTerms<kCount, kVectors, kRowsInOrder>;
     functions->of[kRowsFetched][kVectors][kCount] = SumTerms<kCount, kVectors, kRowsFetched>;
-    FillSumFunctions<kVectors, kCount - 1>::Run(functions);
+    if constexpr (kFetchByTerms) {
+      functions->of[kAllFetched][kVectors][kCount] = SumTerms<kCount, kVectors, kAllFetched>;
+    }
+    FillSumFunctions<kVectors, kCount - 1>(functions);
   }
-};
-template <int kVectors>
-struct FillSumFunctions<kVectors, 0> {
-  static void Run(SumFunctions*) {}
-};
-KS_INLINE SumFunctions AllSumFunctions() {
-  SumFunctions functions;
-  FillSumFunctions<1, kBlockPoints[1]>::Run(&functions);
-  FillSumFunctions<2, kBlockPoints[2]>::Run(&functions);
+}
+constexpr SumFunctions AllSumFunctions() {
+  SumFunctions functions = {};
+  FillSumFunctions<1, kBlockPoints[1]>(&functions);
+  FillSumFunctions<2, kBlockPoints[2]>(&functions);
 #if KS_VECTOR_BYTES == 64 || defined(__aarch64__)
-  FillSumFunctions<3, kBlockPoints[3]>::Run(&functions);
-  FillSumFunctions<4, kBlockPoints[4]>::Run(&functions);
+  FillSumFunctions<3, kBlockPoints[3]>(&functions);
+  FillSumFunctions<4, kBlockPoints[4]>(&functions);
 #endif
   return functions;
 }
+constexpr SumFunctions kSumFunctions = AllSumFunctions();
 
 // Output channels are cut into panels of nearly equal numbers of vectors.
 struct Panels {
@@ -187,42 +201,56 @@ KS_INLINE Panel PanelAt(const Panels& panels, int64_t i) {
   return {first, vectors, Min(vectors * kLanes, panels.channels - first * kLanes)};
 }
 
-// The sums of a block of `count` points, read from `from`, for one panel.
-KS_INLINE void SumBlock(const SumFunctions& functions, const Panel& panel, int rows, int64_t count,
-                        const float* const* from, float* const* to, Sums* sums) {
+// The sums of a block of points whose last panel has fewer channels than its vectors: by way of
+// whole vectors.
+inline void SumRaggedBlock(const Panel& panel, SumFunction function, const Point* points,
+                           int64_t count, const Sums& sums) {
   const int64_t width = panel.vectors * kLanes;
-  const SumFunction function = functions.of[rows][panel.vectors][count];
-  if (panel.channels == width) {
-    function(*sums, from, to);
-    return;
-  }
-  const Epilogue* const epilogue = sums->epilogue;
-  sums->epilogue = nullptr;
   float lanes[kMostPoints * kPanelVectors * kLanes];
-  float* padded[kMostPoints];
+  Point padded[kMostPoints];
   for (int64_t p = 0; p < count; ++p) {
-    padded[p] = lanes + p * width;
-    if (!sums->add) continue;
-    memset(padded[p], 0, width * 4);
-    for (int64_t c = 0; c < panel.channels; ++c) padded[p][c] = to[p][c];
+    padded[p] = {points[p].x, p * width};
+    if (!sums.add) continue;
+    memset(lanes + p * width, 0, width * 4);
+    memcpy(lanes + p * width, sums.out + points[p].out, panel.channels * 4);
   }
-  function(*sums, from, padded);
-  sums->epilogue = epilogue;
+  Sums whole = sums;
+  whole.out = lanes;
+  whole.epilogue = nullptr;
+  whole.stream = whole.fetch_out = false;
+  function(whole, padded);
+  const Epilogue* const epilogue = sums.epilogue;
   for (int64_t p = 0; p < count; ++p) {
     for (int64_t c = 0; c < panel.channels; ++c) {
-      float sum = padded[p][c];
+      float sum = lanes[p * width + c];
       if (epilogue != nullptr) {
         if (epilogue->bias != nullptr) sum += epilogue->bias[c];
-        if (epilogue->residual != nullptr) sum += epilogue->residual[to[p] - sums->out + c];
+        if (epilogue->residual != nullptr) sum += epilogue->residual[points[p].out + c];
         sum = Clamp(sum, epilogue->least, epilogue->most);
       }
-      to[p][c] = sum;
+      sums.out[points[p].out + c] = sum;
     }
   }
 }
 
-// Block `b` of a panel: the first ones fetch what is ahead of the rows, a line each.
+// The sums of a block of points for one panel. `rows`: where those of terms are, see SumTerms.
+KS_INLINE void SumBlock(const Panel& panel, int rows, const Point* points, int64_t count,
+                        const Sums& sums) {
+  const SumFunction function = kSumFunctions.of[rows][panel.vectors][count];
+  if (panel.channels == panel.vectors * kLanes) {
+    function(sums, points);
+  } else {
+    SumRaggedBlock(panel, function, points, count, sums);
+  }
+}
+
+// Block `b` of a panel: the first ones fetch what is ahead of the rows, a line each. Those that
+// fetch points do so again and again.
 KS_INLINE int BlockRows(int64_t b, int64_t ahead, Sums* sums) {
+  if (kFetchByTerms && sums->x_ahead != 0) {
+    sums->ahead = ahead + b % (sums->w_stride / kLineFloats + 1) * kLineFloats;
+    return kAllFetched;
+  }
   if (ahead != 0 && b * kLineFloats <= sums->w_stride) {  // A row may begin within a line.
     sums->ahead = ahead + b * kLineFloats;
     return kRowsFetched;
@@ -230,22 +258,16 @@ KS_INLINE int BlockRows(int64_t b, int64_t ahead, Sums* sums) {
   return sums->in_order ? kRowsInOrder : kAnyRows;
 }
 
-// The sums of `count` points, given as offsets from `x` and `sums.out`, for one panel.
-KS_INLINE void SumPoints(const SumFunctions& functions, const Panel& panel, const float* x,
-                         const Point* points, int64_t count, Sums sums) {
+// The sums of `count` points for one panel.
+KS_INLINE void SumPoints(const Panel& panel, const Point* points, int64_t count, Sums sums) {
   const int64_t blocks = CeilDiv(count, kBlockPoints[panel.vectors]);
   const int64_t few = count / Max(1, blocks), rest = count % Max(1, blocks);
   const int64_t ahead = sums.ahead;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t here = few + (b < rest ? 1 : 0);
-    const float* from[kMostPoints];
-    float* to[kMostPoints];
-    for (int64_t p = 0; p < here; ++p) {
-      from[p] = x + points[p].x;
-      to[p] = sums.out + points[p].out;
-    }
+    const int rows = BlockRows(b, ahead, &sums);
+    SumBlock(panel, rows, points, here, sums);
     points += here;
-    SumBlock(functions, panel, BlockRows(b, ahead, &sums), here, from, to, &sums);
   }
 }
 

@@ -91,6 +91,7 @@ int64_t AllClassPixels(const Tiles& tiles, const Parameters& parameters, const S
 }
 
 struct Prepared {
+  Spans* spans;     // At the begin of the table, as the places of the others depend on it.
   Term* terms;      // Class after class, each with room for [kept].
   int32_t* chunks;  // [classes][chunks + 1]: where the terms of a chunk begin.
   Point* points;    // Class after class: its pixels in a tile.
@@ -99,14 +100,16 @@ struct Prepared {
   float* panels;    // Panel after panel, each [kept][its vectors * kLanes].
 };
 
+// The spans have been set.
 Prepared PlacePrepared(const KsArguments& arguments, const Parameters& parameters,
-                       const Spans& spans, const KsMemory& memory) {
+                       const KsMemory& memory) {
   const int64_t classes = parameters.row_spans * parameters.col_spans;
   Arena arena = {static_cast<char*>(memory.table)};
   Prepared place;
+  place.spans = arena.Take<Spans>(1);
   place.terms = arena.Take<Term>(classes * arguments.kept);
   place.chunks = arena.Take<int32_t>(classes * (parameters.chunks + 1));
-  place.points = arena.Take<Point>(AllClassPixels(parameters.tiles, parameters, spans));
+  place.points = arena.Take<Point>(AllClassPixels(parameters.tiles, parameters, *place.spans));
   place.order = arena.Take<int32_t>(arguments.kept);
   place.starts = arena.Take<int32_t>(CeilDiv(arguments.geometry.in_channels, kLineFloats) + 1);
   place.panels = static_cast<float*>(memory.filter);
@@ -115,7 +118,7 @@ Prepared PlacePrepared(const KsArguments& arguments, const Parameters& parameter
 
 int64_t TableBytes(const KsArguments& arguments, const Parameters& parameters, const Spans& spans) {
   const int64_t classes = parameters.row_spans * parameters.col_spans;
-  return PieceBytes(classes * arguments.kept, sizeof(Term)) +
+  return PieceBytes(1, sizeof(Spans)) + PieceBytes(classes * arguments.kept, sizeof(Term)) +
          PieceBytes(classes * (parameters.chunks + 1), 4) +
          PieceBytes(AllClassPixels(parameters.tiles, parameters, spans), sizeof(Point)) +
          PieceBytes(arguments.kept, 4) +
@@ -227,44 +230,53 @@ struct ClassSums {
   int64_t num_terms;
   int64_t all_terms;  // Of the chunk.
   bool first, last;   // Whether the chunk is.
+  bool fetch;         // Whether its pixels come from memory, to the first of its panels.
 };
 
 // A few panels are computed together, a block of pixels after the other: what the pixels have in
 // the near cache serves them all.
 void SumClass(const KsArguments& arguments, const Parameters& parameters, const Prepared& prepared,
-              const SumFunctions& functions, const ClassSums& of_class, const Panel* panels,
-              int64_t num_panels, Upcoming* upcoming) {
-  Sums sums = {};
-  sums.terms = of_class.terms;
-  sums.num_terms = of_class.num_terms;
-  sums.in_order = of_class.num_terms == of_class.all_terms;
-  sums.add = !of_class.first;
-  sums.stream = parameters.stream;
-  sums.fetch_out = parameters.fetch_out;
-  const Epilogue whole = MakeEpilogue(arguments);
-  Epilogue epilogue = whole;
-  if (whole.used && of_class.last) sums.epilogue = &epilogue;
+              const ClassSums& of_class, const Panel* panels, int64_t num_panels,
+              Upcoming* upcoming) {
+  // A row of pixels ahead, or a block of them where there is one tap.
+  const KsGeometry& g = arguments.geometry;
+  const int64_t x_ahead =
+      g.kernel_height * g.kernel_width > 1
+          ? g.stride_height * parameters.tiles.row_stride
+          : kBlockPoints[panels[0].vectors] * g.stride_width * parameters.tiles.pixel_stride;
+  Sums all_sums[kMostTogether];
+  Epilogue epilogues[kMostTogether];
+  for (int64_t i = 0; i < num_panels; ++i) {
+    const int64_t channel = panels[i].first_vector * kLanes;
+    Sums& sums = all_sums[i];
+    sums = {};
+    sums.x = of_class.x;
+    sums.w = prepared.panels + arguments.kept * channel;
+    sums.w_stride = panels[i].vectors * kLanes;
+    sums.terms = of_class.terms;
+    sums.num_terms = of_class.num_terms;
+    sums.x_ahead = kFetchByTerms && of_class.fetch && i == 0 ? x_ahead : 0;
+    sums.in_order = of_class.num_terms == of_class.all_terms;
+    sums.out = arguments.output + of_class.out + channel;
+    sums.add = !of_class.first;
+    sums.stream = parameters.stream;
+    sums.fetch_out = parameters.fetch_out;
+    epilogues[i] = MakeEpilogue(arguments);
+    if (!epilogues[i].used || !of_class.last) continue;
+    if (epilogues[i].bias != nullptr) epilogues[i].bias += channel;
+    if (epilogues[i].residual != nullptr) epilogues[i].residual += of_class.out + channel;
+    sums.epilogue = &epilogues[i];
+  }
   // No panel has more vectors than the first, whose blocks are therefore not too large for any.
   const int64_t blocks = CeilDiv(of_class.count, kBlockPoints[panels[0].vectors]);
   const int64_t few = of_class.count / Max(1, blocks), rest = of_class.count % Max(1, blocks);
   const Point* points = of_class.points;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t count = few + (b < rest ? 1 : 0);
-    const float* from[kMostPoints];
-    float* to[kMostPoints];
-    for (int64_t p = 0; p < count; ++p) from[p] = of_class.x + points[p].x;
     for (int64_t i = 0; i < num_panels; ++i) {
-      const Panel& panel = panels[i];
-      const int64_t channel = panel.first_vector * kLanes;
-      sums.w = prepared.panels + arguments.kept * channel;
-      sums.w_stride = panel.vectors * kLanes;
-      sums.out = arguments.output + of_class.out + channel;
-      if (whole.bias != nullptr) epilogue.bias = whole.bias + channel;
-      if (whole.residual != nullptr) epilogue.residual = whole.residual + of_class.out + channel;
-      for (int64_t p = 0; p < count; ++p) to[p] = sums.out + points[p].out;
       // The next chunk, or panel, comes next in memory.
-      const int rows = BlockRows(b, of_class.all_terms * sums.w_stride, &sums);
-      SumBlock(functions, panel, rows, count, from, to, &sums);
+      const int rows = BlockRows(b, of_class.all_terms * all_sums[i].w_stride, &all_sums[i]);
+      SumBlock(panels[i], rows, points, count, all_sums[i]);
     }
     points += count;
     FetchDue(1, upcoming);
@@ -272,18 +284,18 @@ void SumClass(const KsArguments& arguments, const Parameters& parameters, const 
 }
 
 void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Spans& spans,
-                 const Prepared& prepared, const SumFunctions& functions, const Tile& tile,
-                 const float* x, int64_t panel_begin, int64_t panel_end) {
+                 const Prepared& prepared, const Tile& tile, const float* x, int64_t panel_begin,
+                 int64_t panel_end) {
   const KsGeometry geometry = View(arguments, parameters.gathered);
   const Tiles& tiles = parameters.tiles;
   const Panels panels = MakePanels(geometry.out_channels);
   const int64_t pad_top = tiles.copied ? 0 : geometry.pad_top;
   const int64_t pad_left = tiles.copied ? 0 : geometry.pad_left;
-  // What is read in place is fetched as the first panels come to it, from the row on that follows
-  // those of the first results.
+  // What is read in place is fetched as the first panels come to it: by terms, or from the row on
+  // that follows those of the first results.
   Upcoming upcoming;
   FetchNothing(&upcoming);
-  if (!tiles.copied) {
+  if (!tiles.copied && !kFetchByTerms) {
     int64_t steps = 0;
     const int64_t at_once = kBlockPoints[PanelAt(panels, panel_begin).vectors];
     for (int64_t r = 0; r < parameters.row_spans; ++r) {
@@ -309,6 +321,7 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
                            PartBegin(arguments.kept, parameters.chunks, chunk);
       of_class.first = chunk == 0;
       of_class.last = chunk == parameters.chunks - 1;
+      of_class.fetch = !tiles.copied && i == panel_begin;
       const Term* terms = prepared.terms;
       const int32_t* begins = prepared.chunks + chunk;
       const Point* points = prepared.points;
@@ -331,8 +344,7 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
             of_class.count = tile.images * height * (columns.end - columns.begin);
             of_class.terms = terms + begins[0];
             of_class.num_terms = begins[1] - begins[0];
-            SumClass(arguments, parameters, prepared, functions, of_class, set, num_panels,
-                     &upcoming);
+            SumClass(arguments, parameters, prepared, of_class, set, num_panels, &upcoming);
           }
           terms += arguments.kept;
           begins += parameters.chunks + 1;
@@ -431,9 +443,11 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   const Panels panels = MakePanels(geometry.out_channels);
   if (!tiles.copied && NumTiles(tiles) < kFewItems &&
       arguments->kept * panels.vectors * kLanes * 4 <= kTogetherBytes) {
-    // Work is cut by rows rather than by panels, all of which a block of pixels then serves.
-    const int64_t rows = Max(CeilDiv(kFewPixels, tiles.grid.columns),
-                             CeilDiv(tiles.grid.rows, CeilDiv(kFewItems, tiles.grid.batch)));
+    // Work is cut by rows rather than by panels, all of which a block of pixels then serves. A
+    // class may be a single column, whose pixels fill a block as well.
+    const int64_t least =
+        Max(CeilDiv(kFewPixels, tiles.grid.columns), kBlockPoints[PanelAt(panels, 0).vectors]);
+    const int64_t rows = Max(least, CeilDiv(tiles.grid.rows, CeilDiv(kFewItems, tiles.grid.batch)));
     CutTiles(Min(rows, tiles.grid.rows), 1, &tiles);
   }
   const int64_t num_tiles = NumTiles(tiles);
@@ -485,9 +499,12 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
                       int64_t begin, int64_t end, const KsMemory* memory) {
   Parameters parameters = LoadParameters<Parameters>(plan);
   const Tiles& tiles = parameters.tiles;
-  Spans spans;
-  SetSpans(View(*arguments, parameters.gathered), &parameters, &spans);
-  const Prepared prepared = PlacePrepared(*arguments, parameters, spans, *memory);
+  if (stage == 0) {
+    SetSpans(View(*arguments, parameters.gathered), &parameters,
+             static_cast<Spans*>(memory->table));
+  }
+  const Prepared prepared = PlacePrepared(*arguments, parameters, *memory);
+  const Spans& spans = *prepared.spans;
   float* const shared_tiles = static_cast<float*>(memory->shared);
   const int64_t tile_size = TileBytes(tiles) / 4;
   const int64_t tile_rows = tiles.images * tiles.padded_rows;
@@ -514,7 +531,6 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
   }
 
   if (reinterpret_cast<uintptr_t>(arguments->output) % KS_ALIGNMENT != 0) parameters.stream = 0;
-  const SumFunctions functions = AllSumFunctions();
   const int64_t panels = MakePanels(arguments->geometry.out_channels).count;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t tile_index = item / parameters.splits;
@@ -526,7 +542,7 @@ void ThinnedConv2DRun(const KsArguments* arguments, const KsPlan* plan, int32_t 
     } else if (tiles.copied) {
       CopyTileRows(*arguments, parameters, tile, 0, tile.images * tiles.padded_rows, copy);
     }
-    ComputeTile(*arguments, parameters, spans, prepared, functions, tile,
+    ComputeTile(*arguments, parameters, spans, prepared, tile,
                 TileData(tiles, tile, arguments->input, copy),
                 PartBegin(panels, parameters.splits, split),
                 PartBegin(panels, parameters.splits, split + 1));

@@ -226,7 +226,6 @@ void ThinnedConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* 
   }
   const Tiles& tiles = parameters.tiles;
   const Panels panels = MakePanels(geometry.out_channels);
-  const SumFunctions functions = AllSumFunctions();
   Arena arena = {static_cast<char*>(memory->scratch)};
   const int64_t packed_channels = panels.vectors * kLanes;
   float* const packed =
@@ -261,17 +260,16 @@ void ThinnedConv2DBackpropFilterRun(const KsArguments* arguments, const KsPlan* 
         const int64_t pixel = PartBegin(tile.pixels, chunks, chunk);
         for (int64_t i = 0; i < panels.count; ++i) {
           const Panel panel = PanelAt(panels, i);
-          Sums sums;
+          Sums sums = {};
+          sums.x = planes;
           sums.w = d + panel.first_vector * kLanes;
           sums.w_stride = parameters.packed ? packed_channels : geometry.out_channels;
           sums.terms = prepared.terms + pixel;
           sums.num_terms = PartBegin(tile.pixels, chunks, chunk + 1) - pixel;
-          sums.ahead = 0;
           sums.in_order = true;
-          sums.stream = false;
           sums.out = result + panel.first_vector * kLanes;
           sums.add = add;
-          SumPoints(functions, panel, planes, prepared.points + prepared.starts[split],
+          SumPoints(panel, prepared.points + prepared.starts[split],
                     prepared.starts[split + 1] - prepared.starts[split], sums);
         }
         add = true;

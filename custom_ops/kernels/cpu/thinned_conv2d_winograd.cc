@@ -475,14 +475,14 @@ KS_INLINE int64_t Turns(int64_t points, int64_t vectors) {
 }
 
 // SumPoints, a step of fetching to a turn.
-inline void SumAndFetch(const SumFunctions& functions, const Panel& panel, const float* x,
-                        const Point* points, int64_t count, Sums sums, Fetching* fetching) {
+inline void SumAndFetch(const Panel& panel, const Point* points, int64_t count, Sums sums,
+                        Fetching* fetching) {
   const int64_t at_once = kBlocksAtOnce * kBlockPoints[panel.vectors];
   const int64_t ahead = sums.ahead;
   for (int64_t first = 0, lines = 0; first < count; first += at_once, lines += kBlocksAtOnce) {
     // The turns that fetch rows of taps come first.
     sums.ahead = lines * kLineFloats <= panel.vectors * kLanes ? ahead + lines * kLineFloats : 0;
-    SumPoints(functions, panel, x, points + first, Min(at_once, count - first), sums);
+    SumPoints(panel, points + first, Min(at_once, count - first), sums);
     FetchDue(1, &fetching->input);
     FetchDue(1, &fetching->output);
   }
@@ -511,9 +511,8 @@ int64_t KindTurns(const Parameters& parameters, const Spans& spans, const Kind& 
 // The sums of one kind for all points of a tile of the batch. `x` and `out` are the first row's,
 // `x_row` the floats between rows of `x`.
 void SumKind(const Parameters& parameters, const Spans& spans, const Kind& kind,
-             const Terms& prepared, const SumFunctions& functions, const Tile& tile,
-             const Panel& panel, const float* taps, const float* x, int64_t x_row, float* out,
-             Fetching* fetching) {
+             const Terms& prepared, const Tile& tile, const Panel& panel, const float* taps,
+             const float* x, int64_t x_row, float* out, Fetching* fetching) {
   const Tiles& tiles = parameters.tiles;
   Panel whole = panel;  // Sums are kept with zeros for the channels that are missing.
   whole.channels = panel.vectors * kLanes;
@@ -536,8 +535,8 @@ void SumKind(const Parameters& parameters, const Spans& spans, const Kind& kind,
       sums.num_terms = begins[1] - begins[0];
       sums.out = out + here.begin * kind.columns * kSumWidth;
       sums.in_order = sums.num_terms == kind_terms;
-      SumAndFetch(functions, whole, x + here.begin * x_row, points,
-                  tile.images * here.rows * kind.columns, sums, fetching);
+      sums.x = x + here.begin * x_row;
+      SumAndFetch(whole, points, tile.images * here.rows * kind.columns, sums, fetching);
       terms += kind.terms;
       begins += kind.chunks + 1;
       points += tiles.images * CeilDiv(Min(tiles.rows, span.end - span.begin), kind.height) *
@@ -666,9 +665,8 @@ void FetchResults(const KsArguments& arguments, const Tile& tile, const Panel& p
 
 // `next` is the tile to be transformed after this one, or null.
 void ComputeTile(const KsArguments& arguments, const Parameters& parameters, const Spans& spans,
-                 const Prepared& prepared, const SumFunctions& functions, const Tile& tile,
-                 const Tile* next, const float* x, const float* transformed, int64_t panel_begin,
-                 int64_t panel_end, float* sums) {
+                 const Prepared& prepared, const Tile& tile, const Tile* next, const float* x,
+                 const float* transformed, int64_t panel_begin, int64_t panel_end, float* sums) {
   const Panels panels = MakePanels(arguments.geometry.out_channels);
   const Transformed shape = TransformedShape(parameters);
   const int64_t point_sums = SumsOfPoint(parameters), panel_sums = SumsOfPanel(parameters);
@@ -700,7 +698,7 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
       for (int64_t i = 0; i < together; ++i) {
         const Panel panel = PanelAt(panels, first + i);
         const int64_t channel = panel.first_vector * kLanes, width = panel.vectors * kLanes;
-        SumKind(parameters, spans, parameters.bundles, prepared.bundles, functions, tile, panel,
+        SumKind(parameters, spans, parameters.bundles, prepared.bundles, tile, panel,
                 prepared.point_taps + terms * (num_points * channel + p * width),
                 transformed + p * shape.point, shape.row, sums + i * panel_sums + p * point_sums,
                 &fetching);
@@ -709,7 +707,7 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
     for (int64_t i = 0; i < together; ++i) {
       const Panel panel = PanelAt(panels, first + i);
       if (single_terms > 0) {
-        SumKind(parameters, spans, parameters.singles, prepared.singles, functions, tile, panel,
+        SumKind(parameters, spans, parameters.singles, prepared.singles, tile, panel,
                 prepared.single_taps + single_terms * panel.first_vector * kLanes, x,
                 parameters.tiles.row_stride, sums + i * panel_sums + num_points * point_sums,
                 &fetching);
@@ -960,7 +958,6 @@ void Run(const KsArguments* arguments, const KsPlan* plan, int32_t stage, int64_
   }
 
   if (reinterpret_cast<uintptr_t>(arguments->output) % KS_ALIGNMENT != 0) parameters.stream = 0;
-  const SumFunctions functions = AllSumFunctions();
   const int64_t panels = MakePanels(geometry.out_channels).count;
   float* const sums = static_cast<float*>(memory->scratch);
   for (int64_t item = begin; item < end; ++item) {
@@ -976,7 +973,7 @@ void Run(const KsArguments* arguments, const KsPlan* plan, int32_t stage, int64_
     }
     const bool last = parameters.shared_tiles || item + 1 == end;
     const Tile next = TileAt(tiles, last ? tile_index : tile_index + 1);
-    ComputeTile(*arguments, parameters, spans, prepared, functions, tile, last ? nullptr : &next,
+    ComputeTile(*arguments, parameters, spans, prepared, tile, last ? nullptr : &next,
                 TileData(tiles, tile, arguments->input, copy), transformed,
                 PartBegin(panels, parameters.splits, split),
                 PartBegin(panels, parameters.splits, split + 1), sums);
