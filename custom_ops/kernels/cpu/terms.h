@@ -47,9 +47,11 @@ struct Sums {
   int64_t num_terms;
   int64_t ahead;  // Floats from a row to what is wanted next: fetched by the first blocks, which
                   // take a cache line each; 0: nothing is.
-  int64_t x_ahead = 0;  // Floats from what is read of a point to what is fetched for later blocks;
-                        // 0: nothing is. With kFetchByTerms only.
-  bool in_order;        // Whether the rows of terms follow each other.
+  // Floats from what is read of a point to what is fetched for later blocks; 0: nothing is. With
+  // kFetchByTerms only.
+  int64_t x_ahead = 0;
+  int64_t fetch_pair = -1;  // Which two points that is done for; -1: all.
+  bool in_order;            // Whether the rows of terms follow each other.
   float* out;
   bool add;     // To what `out` holds.
   bool stream;  // Stores past the caches.
@@ -106,11 +108,12 @@ KS_INLINE void StoreSums(const Sums& sums, const Point* points, Vec (&block)[kCo
 }
 
 // Where the rows of terms are: anywhere; one after the other; anywhere, and what comes after them
-// is fetched; or that, and points as well. With short vectors a term has nearly as many loads as
-// the CPU does in the time of its products, and a fetch takes the place of one.
-enum { kAnyRows, kRowsInOrder, kRowsFetched, kAllFetched, kRowKinds };
-// Whether points that come from memory are fetched a cache line to a term: with long vectors there
-// is time for it, and they are wanted in the first-level cache.
+// is fetched; that, and points as well; or anywhere, and two of the points. With short vectors a
+// term has nearly as many loads as the CPU does in the time of its products, and a fetch takes the
+// place of one.
+enum { kAnyRows, kRowsInOrder, kRowsFetched, kAllFetched, kPairFetched, kRowKinds };
+// Whether points that come from memory are fetched a cache line to a term, for which there is time
+// with long vectors: into the second-level cache, as the first-level one holds what is read now.
 constexpr bool kFetchByTerms = KS_VECTOR_BYTES == 64;
 
 template <int kCount, int kVectors, int kRows>
@@ -133,14 +136,23 @@ void SumTerms(const Sums& sums, const Point* points) {
   const int64_t ahead = sums.ahead, x_ahead = sums.x_ahead;
   const Term* const last = sums.terms + sums.num_terms;
   const float* next = sums.num_terms > 0 ? w + sums.terms->row * w_stride : w;
+  const float *first = nullptr, *second = nullptr;
+  if (kRows == kPairFetched) {
+    first = sums.x + points[2 * sums.fetch_pair % kCount].x + x_ahead;
+    second = sums.x + points[(2 * sums.fetch_pair + 1) % kCount].x + x_ahead;
+  }
   for (const Term* term = sums.terms; term != last; ++term) {
     const float* const row = kRows == kRowsInOrder ? next : w + term->row * w_stride;
     next += w_stride;
     const int64_t at = term->x;
-    if (kRows >= kRowsFetched) __builtin_prefetch(row + ahead);
+    if (kRows == kRowsFetched || kRows == kAllFetched) __builtin_prefetch(row + ahead);
+    if (kRows == kPairFetched) {
+      __builtin_prefetch(first + at, 0, 2);
+      __builtin_prefetch(second + at, 0, 2);
+    }
     if (kRows == kAllFetched) {
       KS_UNROLL
-      for (int p = 0; p < kCount; ++p) __builtin_prefetch(x[p] + (at + x_ahead));
+      for (int p = 0; p < kCount; ++p) __builtin_prefetch(x[p] + (at + x_ahead), 0, 2);
     }
     Vec weights[kVectors];
     KS_UNROLL
@@ -167,6 +179,7 @@ constexpr void FillSumFunctions(SumFunctions* functions) {
     functions->of[kRowsFetched][kVectors][kCount] = SumTerms<kCount, kVectors, kRowsFetched>;
     if constexpr (kFetchByTerms) {
       functions->of[kAllFetched][kVectors][kCount] = SumTerms<kCount, kVectors, kAllFetched>;
+      functions->of[kPairFetched][kVectors][kCount] = SumTerms<kCount, kVectors, kPairFetched>;
     }
     FillSumFunctions<kVectors, kCount - 1>(functions);
   }
@@ -248,6 +261,7 @@ KS_INLINE void SumBlock(const Panel& panel, int rows, const Point* points, int64
 // fetch points do so again and again.
 KS_INLINE int BlockRows(int64_t b, int64_t ahead, Sums* sums) {
   if (kFetchByTerms && sums->x_ahead != 0) {
+    if (sums->fetch_pair >= 0) return kPairFetched;
     sums->ahead = ahead + b % (sums->w_stride / kLineFloats + 1) * kLineFloats;
     return kAllFetched;
   }

@@ -44,6 +44,9 @@ constexpr int64_t kMostTogether = 32;  // Panels,
 constexpr int64_t kTogetherBytes = 128 * 1024;
 constexpr int64_t kFewItems = kWantedItems / 2;  // With fewer, work is cut once more.
 constexpr int64_t kFewPixels = 64;               // A tile has as many at least.
+constexpr int64_t kMemoryCycles = 1500;          // Until what is fetched is there, under load.
+constexpr int64_t kFarFrom = 2 << 20;            // Bytes of an input that no cache holds.
+constexpr int64_t kFetchOutFrom = 320 * 1024;    // Of a result that is fetched before it is stored.
 
 // Whether there is one tap, which meets an input pixel at every output pixel.
 bool MayGather(const KsGeometry& g) {
@@ -73,6 +76,15 @@ bool SetSpans(const KsGeometry& geometry, Parameters* parameters, Spans* spans) 
       MakeSpans(RowAxis(geometry), (parameters->split & kSplitRows) != 0, spans->rows);
   parameters->col_spans =
       MakeSpans(ColumnAxis(geometry), (parameters->split & kSplitColumns) != 0, spans->columns);
+  // The widest first: pixels are fetched a row ahead for its blocks, and are there for the others.
+  int64_t widest = 0;
+  for (int64_t c = 1; c < parameters->col_spans; ++c) {
+    const Span &a = spans->columns[c], &b = spans->columns[widest];
+    if (a.end - a.begin > b.end - b.begin) widest = c;
+  }
+  const Span first = spans->columns[0];
+  spans->columns[0] = spans->columns[widest];
+  spans->columns[widest] = first;
   return parameters->row_spans > 0 && parameters->col_spans > 0;
 }
 
@@ -238,12 +250,19 @@ struct ClassSums {
 void SumClass(const KsArguments& arguments, const Parameters& parameters, const Prepared& prepared,
               const ClassSums& of_class, const Panel* panels, int64_t num_panels,
               Upcoming* upcoming) {
-  // A row of pixels ahead, or a block of them where there is one tap.
+  // Fetched are what follows in a row of pixels or, with one tap, in so many blocks that memory has
+  // time.
   const KsGeometry& g = arguments.geometry;
-  const int64_t x_ahead =
-      g.kernel_height * g.kernel_width > 1
-          ? g.stride_height * parameters.tiles.row_stride
-          : kBlockPoints[panels[0].vectors] * g.stride_width * parameters.tiles.pixel_stride;
+  const int64_t most_points = kBlockPoints[panels[0].vectors];
+  const int64_t block_cycles =
+      Max(1, of_class.num_terms * most_points * panels[0].vectors * num_panels);
+  const int64_t x_ahead = g.kernel_height * g.kernel_width > 1
+                              ? g.stride_height * parameters.tiles.row_stride
+                              : CeilDiv(kMemoryCycles, block_cycles) * most_points *
+                                    g.stride_width * parameters.tiles.pixel_stride;
+  // By a few panels, two pixels of a block each, or by one.
+  const int64_t pairs = CeilDiv(most_points, 2);
+  const bool in_pairs = num_panels >= pairs;
   Sums all_sums[kMostTogether];
   Epilogue epilogues[kMostTogether];
   for (int64_t i = 0; i < num_panels; ++i) {
@@ -255,7 +274,8 @@ void SumClass(const KsArguments& arguments, const Parameters& parameters, const 
     sums.w_stride = panels[i].vectors * kLanes;
     sums.terms = of_class.terms;
     sums.num_terms = of_class.num_terms;
-    sums.x_ahead = kFetchByTerms && of_class.fetch && i == 0 ? x_ahead : 0;
+    sums.x_ahead = kFetchByTerms && of_class.fetch && i < (in_pairs ? pairs : 1) ? x_ahead : 0;
+    sums.fetch_pair = in_pairs ? i : -1;
     sums.in_order = of_class.num_terms == of_class.all_terms;
     sums.out = arguments.output + of_class.out + channel;
     sums.add = !of_class.first;
@@ -355,19 +375,28 @@ void ComputeTile(const KsArguments& arguments, const Parameters& parameters, con
   }
 }
 
-// What reading a pixel costs beside its products with one tap, in cycles: every panel reads all
-// cache lines that hold kept channels, or gathered ones. Gathering waits for memory.
-double OneTapCost(const KsArguments& arguments, bool gathered, int64_t apart, int64_t panels) {
+// What reading a pixel costs beside its products with one tap, which take `products`, all in
+// cycles: every panel reads all cache lines that hold kept channels, or gathered ones. What comes
+// from memory is waited for where pixels are gathered, line after line. Otherwise it comes while
+// others are computed with, but slower, as lines are left out.
+double OneTapCost(const KsArguments& arguments, bool gathered, int64_t apart, int64_t panels,
+                  double products) {
   const KsGeometry& geometry = arguments.geometry;
   const double channels = static_cast<double>(geometry.in_channels);
   const double kept = static_cast<double>(arguments.kept);
   double missed = 1;  // The share of lines without a kept channel.
   for (int64_t i = 0; i < kLineFloats; ++i) missed *= 1 - kept / (channels > 1 ? channels : 1);
-  const double lines = (1 - missed) * channels / kLineFloats;
+  const double all_lines = channels / kLineFloats, lines = (1 - missed) * all_lines;
   const double passes = static_cast<double>(panels);
-  if (!gathered) return passes * lines * (apart % 2048 == 0 ? 1.8 : apart % 1024 == 0 ? 1.5 : 0.8);
   const double bytes =
       4.0 * static_cast<double>(geometry.batch) * geometry.in_height * geometry.in_width * channels;
+  if (kFetchByTerms) {
+    const bool far = bytes > static_cast<double>(kFarFrom);
+    if (gathered) return 12 + kept * 1.4 + (far ? all_lines * 7 : all_lines * 3);
+    const double memory = lines * 30 < all_lines * 20 ? lines * 30 : all_lines * 20;
+    return far && memory > products ? memory - products : 0.0;
+  }
+  if (!gathered) return passes * lines * (apart % 2048 == 0 ? 1.8 : apart % 1024 == 0 ? 1.5 : 0.8);
   return 12 + kept * 1.4 + passes * kept / kLineFloats * 0.8 +
          (bytes > static_cast<double>(kFetchFrom) ? lines * 6 : 0.0);
 }
@@ -397,9 +426,10 @@ double GroupCost(const KsArguments& arguments, const Parameters& parameters, con
   // Pixels a large power of two apart meet in few sets of the first-level cache.
   const int64_t apart = tiles.pixel_stride * 4;
   if (MayGather(arguments.geometry)) {
-    return cycles + static_cast<double>(tiles.images * tiles.row_tiles * tiles.rows) *
-                        static_cast<double>(tiles.grid.columns) *
-                        OneTapCost(arguments, parameters.gathered, apart, panels.count);
+    const double pixels = static_cast<double>(tiles.images * tiles.row_tiles * tiles.rows) *
+                          static_cast<double>(tiles.grid.columns);
+    return cycles + pixels * OneTapCost(arguments, parameters.gathered, apart, panels.count,
+                                        cycles / pixels);
   }
   if (tiles.copied) {
     return cycles + static_cast<double>(tiles.images * tiles.row_tiles * tiles.padded_rows) *
@@ -466,7 +496,7 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   parameters.together =
       parameters.gathered ? 1 : Max(1, Min(kMostTogether, kTogetherBytes / Max(1, chunk_bytes)));
   parameters.stream = parameters.chunks == 1 && Streams(geometry, result);
-  parameters.fetch_out = !parameters.stream && result >= static_cast<double>(kFetchFrom);
+  parameters.fetch_out = !parameters.stream && result >= static_cast<double>(kFetchOutFrom);
 
   KsStage* stage = plan->stages;
   stage->items = 1;
