@@ -230,7 +230,7 @@ def run_cells(args):
         # shorter one, whose time is guessed from its sums and from the memory it moves.
         guess = cell.flops / 150e9 + 4 * sum(math.prod(shape) for shape in shapes) / 10e9
         # TensorFlow keeps copies of a constant filter for each of its ops.
-        unroll = int(min(128, max(2, min(0.02 / guess, 3e8 // cell.kernel.nbytes))))
+        unroll = int(min(256, max(2, min(0.02 / guess, 3e8 // cell.kernel.nbytes))))
         seconds = timing.alternate(functions, shapes, unroll=unroll, repeats=args.repeats, budget=args.budget)
         gc.collect()  # graphs, and the filters they hold, lie in reference cycles
         dense = min(seconds["dense_constant"], seconds["dense_argument"])

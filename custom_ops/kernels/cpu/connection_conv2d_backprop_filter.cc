@@ -25,12 +25,20 @@ constexpr int kMaxProducts = 9;
 constexpr int64_t kChannelsBytes = 672 * 1024;
 constexpr int64_t kMostPositions = 160;
 constexpr int64_t kTileBytes = 20 * 1024;
-constexpr int64_t kFewTapsBytes = 54 * 1024;
+KS_INLINE double Density(const KsGeometry& geometry, double kept) {
+  return kept / (static_cast<double>(geometry.in_channels) * geometry.out_channels + 1);
+}
 KS_INLINE bool FewTaps(double taps) { return taps < 3; }
 // Shorter vectors leave room for more of them, which pays where an output channel has several
 // connections from the input channels of a block.
 KS_INLINE int64_t FewTapsPositions(double density) {
   return kLanes == 16 || density < 0.07 ? 13 : 26;
+}
+
+// With few connections, a call for those of an output channel from the input channels of a block
+// costs more than reading x from the second-level cache.
+KS_INLINE int64_t FewTapsBytes(double density) {
+  return (kLanes == 16 && density < 0.07 ? 108 : 54) * 1024;
 }
 
 // Few groups are all packed first, for several threads to share. Planes that take more than the
@@ -421,9 +429,8 @@ bool CutsEvenly(int64_t axis, int64_t size) { return CeilDiv(axis, CeilDiv(axis,
 // Cuts the grid into the regions that look cheapest, in clock cycles.
 void ChooseRegions(const KsGeometry& view, const Grid& grid, double taps, double kept,
                    double out_channels, Parameters* parameters) {
-  const double density = kept / (static_cast<double>(grid.channels) * out_channels + 1);
   const int64_t most_positions =
-      FewTaps(taps) ? FewTapsPositions(density)
+      FewTaps(taps) ? FewTapsPositions(Density(view, kept))
                     : Max(kMostPositions, 3 * (grid.reach_height + 1) * (grid.reach_width + 1));
   const bool three = parameters->window_columns == 3 && IsThreeByThree(view);
   const int64_t most_columns = three                        ? kMaxColumnsOfThree
@@ -542,9 +549,11 @@ int ConnectionConv2DBackpropFilterPlan(const KsArguments* arguments, KsPlan* pla
   parameters.d_size = LanePlaneSize(regions.rows, regions.columns);
   if (parameters.outer) parameters.x_size = parameters.d_size = regions.columns;
   const int64_t plane_bytes = parameters.x_size * 4;
-  parameters.block_channels = Min(
-      RoundUp(Max(1, geometry.in_channels), kLanes),
-      Max(1, (FewTaps(taps) ? kFewTapsBytes : kChannelsBytes) / (plane_bytes * kLanes)) * kLanes);
+  const int64_t block_bytes =
+      FewTaps(taps) ? FewTapsBytes(Density(geometry, static_cast<double>(arguments->kept)))
+                    : kChannelsBytes;
+  parameters.block_channels = Min(RoundUp(Max(1, geometry.in_channels), kLanes),
+                                  Max(1, block_bytes / (plane_bytes * kLanes)) * kLanes);
   if (parameters.outer) parameters.block_channels = kBlockChannels;
   parameters.blocks = Max(1, CeilDiv(geometry.in_channels, parameters.block_channels));
   const int64_t groups = parameters.groups =
