@@ -60,3 +60,45 @@ def test_changed_tables_and_filters_are_seen(change, pixels):
         lambda x: reference.thinned_conv2d(x, *thinned, (3, 3), padding="same"),
         thinned,
     )
+
+
+@pytest.mark.parametrize("routine", ["connection", "thinned"])
+def test_ops_with_a_common_table_or_filter(routine):
+    """Ops of a process share what they prepare from the same tensors, and nothing else."""
+    generator = np.random.default_rng(1)
+    x = tf.constant(generator.standard_normal((2, 9, 9, 8)).astype("float32"))
+    if routine == "connection":
+        variables = connection_variables(generator)
+        other = tf.Variable(np.tile(np.array([1, 3, 7], "int32"), 6))
+
+        def convolve(module, filter, *table):
+            return module.connection_conv2d(x, filter, *table, padding="same")
+    else:
+        variables = thinned_variables(generator)
+        other = tf.Variable(np.arange(1, 61, 3, dtype="int32"))
+
+        def convolve(module, filter, *table):
+            return module.thinned_conv2d(x, filter, *table, (3, 3), padding="same")
+
+    filters = [variables[0], tf.Variable(-2 * variables[0])]
+    tables = [variables[1:], (*variables[1:-1], other)]
+    operands = [(f, *t) for f in filters for t in tables] * 2
+    graphs = [tf.function(lambda o=o: convolve(ks.ops, *o)) for o in operands]
+
+    def check():
+        results = [graph() for graph in graphs]
+        for o, result in zip(operands, results):
+            np.testing.assert_allclose(result, convolve(reference, *o), rtol=1e-4, atol=1e-4)
+        for first, second in zip(results[:4], results[4:]):
+            np.testing.assert_array_equal(first, second)
+
+    check()
+    check()
+    filters[0].assign_add(tf.ones_like(filters[0]))
+    check()
+    tables[0][-1].assign(other)  # Now both tables have the same values, in different places.
+    check()
+    del graphs[:4], operands[:4]  # Who prepared it is gone.
+    graphs += [tf.function(lambda o=o: convolve(ks.ops, *o)) for o in operands]
+    operands += operands
+    check()

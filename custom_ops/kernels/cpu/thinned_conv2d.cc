@@ -393,7 +393,7 @@ double OneTapCost(const KsArguments& arguments, bool gathered, int64_t apart, in
   if (kFetchByTerms) {
     const bool far = bytes > static_cast<double>(kFarFrom);
     if (gathered) return 12 + kept * 1.4 + (far ? all_lines * 7 : all_lines * 3);
-    const double memory = lines * 30 < all_lines * 20 ? lines * 30 : all_lines * 20;
+    const double memory = lines * 22 < all_lines * 15 ? lines * 22 : all_lines * 15;
     return far && memory > products ? memory - products : 0.0;
   }
   if (!gathered) return passes * lines * (apart % 2048 == 0 ? 1.8 : apart % 1024 == 0 ? 1.5 : 0.8);
