@@ -164,6 +164,8 @@ void SumTerms(const Sums& sums, const Point* points) {
       for (int v = 0; v < kVectors; ++v) block[p][v] += value * weights[v];
     }
   }
+  // Places are read again: kept since the fetches above, they would take registers of the loop.
+  asm("" : "+r"(points));
   StoreSums<kCount, kVectors>(sums, points, block);
 }
 

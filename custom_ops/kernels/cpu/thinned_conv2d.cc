@@ -46,7 +46,8 @@ constexpr int64_t kFewItems = kWantedItems / 2;  // With fewer, work is cut once
 constexpr int64_t kFewPixels = 64;               // A tile has as many at least.
 constexpr int64_t kMemoryCycles = 1500;          // Until what is fetched is there, under load.
 constexpr int64_t kFarFrom = 2 << 20;            // Bytes of an input that no cache holds.
-constexpr int64_t kFetchOutFrom = 320 * 1024;    // Of a result that is fetched before it is stored.
+// Of a result that is fetched before it is stored.
+constexpr int64_t kFetchOutFrom = kFetchByTerms ? 320 * 1024 : kFetchFrom;
 
 // Whether there is one tap, which meets an input pixel at every output pixel.
 bool MayGather(const KsGeometry& g) {
@@ -76,9 +77,10 @@ bool SetSpans(const KsGeometry& geometry, Parameters* parameters, Spans* spans) 
       MakeSpans(RowAxis(geometry), (parameters->split & kSplitRows) != 0, spans->rows);
   parameters->col_spans =
       MakeSpans(ColumnAxis(geometry), (parameters->split & kSplitColumns) != 0, spans->columns);
-  // The widest first: pixels are fetched a row ahead for its blocks, and are there for the others.
+  // The widest first, where terms fetch pixels a row ahead for its blocks: they are there for the
+  // others then. Pixels fetched row by row are wanted in that order.
   int64_t widest = 0;
-  for (int64_t c = 1; c < parameters->col_spans; ++c) {
+  for (int64_t c = 1; kFetchByTerms && c < parameters->col_spans; ++c) {
     const Span &a = spans->columns[c], &b = spans->columns[widest];
     if (a.end - a.begin > b.end - b.begin) widest = c;
   }
@@ -474,9 +476,9 @@ int ThinnedConv2DPlan(const KsArguments* arguments, KsPlan* plan) {
   if (!tiles.copied && NumTiles(tiles) < kFewItems &&
       arguments->kept * panels.vectors * kLanes * 4 <= kTogetherBytes) {
     // Work is cut by rows rather than by panels, all of which a block of pixels then serves. A
-    // class may be a single column, whose pixels fill a block as well.
-    const int64_t least =
-        Max(CeilDiv(kFewPixels, tiles.grid.columns), kBlockPoints[PanelAt(panels, 0).vectors]);
+    // class may be a single column, whose pixels fill a block as well where vectors are long.
+    const int64_t least = Max(CeilDiv(kFewPixels, tiles.grid.columns),
+                              kFetchByTerms ? kBlockPoints[PanelAt(panels, 0).vectors] : 1);
     const int64_t rows = Max(least, CeilDiv(tiles.grid.rows, CeilDiv(kFewItems, tiles.grid.batch)));
     CutTiles(Min(rows, tiles.grid.rows), 1, &tiles);
   }
