@@ -216,8 +216,8 @@ KS_INLINE Panel PanelAt(const Panels& panels, int64_t i) {
   return {first, vectors, Min(vectors * kLanes, panels.channels - first * kLanes)};
 }
 
-// The sums of a block of points whose last panel has fewer channels than its vectors: by way of
-// whole vectors.
+// The sums of a block of points for a panel with fewer channels than its vectors have lanes: by way
+// of whole vectors.
 inline void SumRaggedBlock(const Panel& panel, SumFunction function, const Point* points,
                            int64_t count, const Sums& sums) {
   const int64_t width = panel.vectors * kLanes;
