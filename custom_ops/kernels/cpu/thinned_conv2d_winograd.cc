@@ -30,19 +30,21 @@ namespace ks {
 namespace KS_ISA {
 namespace {
 
-constexpr int64_t kTaps = 3;                            // Of a row of the kernel.
-constexpr int64_t kMostTaps = kTaps * kTaps;            // Of a bundle.
-constexpr int64_t kSquarePoints = kPoints * kPoints;    // Of a square of results.
-constexpr int64_t kSumWidth = kPanelVectors * kLanes;   // Floats of the sums of a panel.
-constexpr int64_t kEnoughPixels = 192;                  // Of a tile of the batch.
-constexpr int64_t kMostTileBytes = 8 << 20;             // Likewise, of the input.
-constexpr double kNearTaps = 1 << 20;                   // Bytes.
-constexpr double kFarTap = 0.01, kFarSquareTap = 0.03;  // Cycles for a byte of others.
-constexpr double kSquareCost = 240;                     // Cycles to transform a vector of a square.
-constexpr int64_t kEnoughSquares = 24;                  // Of a tile of the batch,
-constexpr int64_t kSquareBytes = 512 * 1024;            // and of all of their points.
-constexpr int64_t kBlocksAtOnce = 3;                    // Between two turns of fetching.
-constexpr int64_t kTogetherWidth = 64;                  // Channels of panels computed together.
+constexpr int64_t kTaps = 3;                                    // Of a row of the kernel.
+constexpr int64_t kMostTaps = kTaps * kTaps;                    // Of a bundle.
+constexpr int64_t kSquarePoints = kPoints * kPoints;            // Of a square of results.
+constexpr int64_t kSumWidth = kPanelVectors * kLanes;           // Floats of the sums of a panel.
+constexpr int64_t kEnoughPixels = 192;                          // Of a tile of the batch.
+constexpr int64_t kMostTileBytes = 8 << 20;                     // Likewise, of the input.
+constexpr double kNearTaps = 1 << 20;                           // Bytes.
+constexpr double kFarTap = 0.01;                                // Cycles for a byte of others,
+constexpr double kFarSquareTap = kFetchByTerms ? 0.012 : 0.03;  // and of those of squares.
+// Cycles to transform a vector of a square.
+constexpr double kSquareCost = kFetchByTerms ? 120 : 240;
+constexpr int64_t kEnoughSquares = 32;        // Of a tile of the batch,
+constexpr int64_t kSquareBytes = 200 * 1024;  // and of all of their points.
+constexpr int64_t kBlocksAtOnce = 3;          // Between two turns of fetching.
+constexpr int64_t kTogetherWidth = 64;        // Channels of panels computed together.
 // Of PlanTiles' budget: transformed pixels and sums take the rest.
 constexpr int64_t kPixelBytes = kTileBytes / 2;
 
@@ -389,50 +391,82 @@ void TransformRow(const Parameters& parameters, const float* x, int64_t r, float
   }
 }
 
+// Four columns of source pixels, transformed along columns. Squares begin with four and share the
+// next two with their neighbours.
+typedef Vec SquareColumns[kPoints][kTileColumns];
+
+// A vector of channels of the rows of source pixels of squares.
+struct SourceRows {
+  const float* rows[kPoints];  // At the next column,
+  int64_t steps[kPoints];      // and floats from one column to the next.
+  int64_t begin, end;          // The columns inside of the image, counted from the next one.
+  int64_t count;               // Of the lanes those that are channels.
+  int64_t ahead;               // Floats from a pixel to one that is fetched.
+};
+
+KS_INLINE void TransformColumns(SourceRows* source, SquareColumns& target) {
+  const float* rows[kPoints];
+  KS_UNROLL
+  for (int y = 0; y < kPoints; ++y) rows[y] = source->rows[y];
+  for (int64_t x = 0; x < kTileColumns; ++x) {
+    Vec pixels[kPoints] = {}, points[kPoints];
+    if (x >= source->begin && x < source->end) {
+      KS_UNROLL
+      for (int y = 0; y < kPoints; ++y) {
+        pixels[y] = source->count == kLanes ? Load(rows[y]) : LoadFirst(rows[y], source->count);
+        __builtin_prefetch(rows[y] + source->ahead);
+      }
+    }
+    KS_UNROLL
+    for (int y = 0; y < kPoints; ++y) rows[y] += source->steps[y];
+    TransformSource(pixels, points);
+    KS_UNROLL
+    for (int q = 0; q < kPoints; ++q) target[q][x] = points[q];
+  }
+  KS_UNROLL
+  for (int y = 0; y < kPoints; ++y) source->rows[y] = rows[y];
+  source->begin -= kTileColumns;
+  source->end -= kTileColumns;
+}
+
 // Transforms row `r` of squares of a tile of the batch, straight from the input.
 void TransformSquares(const KsArguments& arguments, const Parameters& parameters,
                       const Prepared& prepared, const Tile& tile, int64_t r, float* target) {
   const KsGeometry& geometry = arguments.geometry;
   const Transformed shape = TransformedShape(parameters);
-  const int64_t channels = geometry.in_channels;
+  const int64_t channels = geometry.in_channels, point = shape.point;
   const float* const image = arguments.input + (tile.first_image + r / shape.rows) *
                                                    geometry.in_height * geometry.in_width *
                                                    channels;
   const int64_t top = tile.first_row + r % shape.rows * kTileColumns - geometry.pad_top;
-  target += r * shape.row;
-  for (int64_t t = 0; t < parameters.bundles.columns; ++t, target += shape.tile) {
-    const int64_t left = t * kTileColumns - geometry.pad_left;
-    const float* pixels[kPoints][kPoints];
+  SquareColumns halves[2];
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    SourceRows source;
     for (int64_t y = 0; y < kPoints; ++y) {
-      for (int64_t x = 0; x < kPoints; ++x) {
-        const bool inside = top + y >= 0 && top + y < geometry.in_height && left + x >= 0 &&
-                            left + x < geometry.in_width;
-        pixels[y][x] =
-            inside ? image + ((top + y) * geometry.in_width + left + x) * channels : prepared.zeros;
-      }
+      const bool inside = top + y >= 0 && top + y < geometry.in_height;
+      source.rows[y] =
+          inside ? image + ((top + y) * geometry.in_width - geometry.pad_left) * channels + c
+                 : prepared.zeros + c;
+      source.steps[y] = inside ? channels : 0;
     }
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const bool whole = c + kLanes <= channels;
-      Vec columns[kPoints][kPoints];  // Transformed along columns.
-      KS_UNROLL
-      for (int x = 0; x < kPoints; ++x) {
-        Vec source[kPoints], points[kPoints];
-        KS_UNROLL
-        for (int y = 0; y < kPoints; ++y) {
-          source[y] = whole ? Load(pixels[y][x] + c) : LoadFirst(pixels[y][x] + c, channels - c);
-        }
-        TransformSource(source, points);
-        KS_UNROLL
-        for (int q = 0; q < kPoints; ++q) columns[q][x] = points[q];
-      }
-      KS_UNROLL
-      for (int q = 0; q < kPoints; ++q) {
+    source.begin = geometry.pad_left;
+    source.end = geometry.pad_left + geometry.in_width;
+    source.count = Min(kLanes, channels - c);
+    source.ahead = kTileColumns * channels;
+    TransformColumns(&source, halves[0]);
+    float* row = target + r * shape.row + c;
+    for (int64_t t = 0; t < parameters.bundles.columns; ++t, row += shape.tile) {
+      const SquareColumns& first = halves[t % 2];
+      SquareColumns& next = halves[(t + 1) % 2];
+      TransformColumns(&source, next);
+      float* to = row;
+      for (int64_t q = 0; q < kPoints; ++q, to += kPoints * point) {
+        const Vec columns[kPoints] = {first[q][0], first[q][1], first[q][2],
+                                      first[q][3], next[q][0],  next[q][1]};
         Vec points[kPoints];
-        TransformSource(columns[q], points);
+        TransformSource(columns, points);
         KS_UNROLL
-        for (int p = 0; p < kPoints; ++p) {
-          Store(target + (q * kPoints + p) * shape.point + c, points[p]);
-        }
+        for (int p = 0; p < kPoints; ++p) Store(to + p * point, points[p]);
       }
     }
   }
@@ -574,6 +608,42 @@ KS_INLINE void FinishResult(const Finishing& finishing, Vec result, int64_t at, 
   }
 }
 
+// A vector of a square, of which `high` rows of `wide` results lie in the image; rows are `row`
+// floats apart. `plain`: all do, and nothing but stores waits for them. One function for both, as
+// the compiler might otherwise round them in different ways.
+KS_INLINE void FinishSquare(const Finishing& finishing, const float* from, int64_t point,
+                            int64_t at, int64_t row, int64_t high, int64_t wide, bool plain,
+                            float* output) {
+  Vec columns[kTileColumns][kPoints];  // Transformed along columns.
+  Vec of_points[kPoints], results[kTileColumns];
+  KS_UNROLL
+  for (int p = 0; p < kPoints; ++p) {
+    KS_UNROLL
+    for (int q = 0; q < kPoints; ++q) {
+      of_points[q] = Load(from + (q * kPoints + p) * point);
+      __builtin_prefetch(from + (q * kPoints + p) * point + kSumWidth);
+    }
+    TransformSums(of_points, results);
+    KS_UNROLL
+    for (int i = 0; i < kTileColumns; ++i) columns[i][p] = results[i];
+  }
+  const Vec least = Splat(finishing.epilogue.least), most = Splat(finishing.epilogue.most);
+  for (int64_t i = 0; i < high; ++i, at += row) {
+    TransformSums(columns[i], results);
+    if (plain) {
+      KS_UNROLL
+      for (int q = 0; q < kTileColumns; ++q) {
+        Store(output + at + q * finishing.channels,
+              Clamp(results[q] + finishing.bias, least, most));
+      }
+      continue;
+    }
+    for (int64_t q = 0; q < wide; ++q) {
+      FinishResult(finishing, results[q], at + q * finishing.channels, 0, output);
+    }
+  }
+}
+
 // Transforms the sums of a panel back, adds those of single taps, and stores results.
 void Finish(const KsArguments& arguments, const Parameters& parameters, const Tile& tile,
             const Panel& panel, const float* sums) {
@@ -582,8 +652,11 @@ void Finish(const KsArguments& arguments, const Parameters& parameters, const Ti
   const int64_t point = SumsOfPoint(parameters), channels = geometry.out_channels;
   Finishing finishing;
   finishing.epilogue = MakeEpilogue(arguments);
+  finishing.channels = channels;
   finishing.stream = parameters.stream;
   finishing.singles = parameters.singles.terms > 0 ? sums + NumPoints(parameters) * point : nullptr;
+  const bool plain = finishing.epilogue.residual == nullptr && !finishing.stream;
+  const int64_t row = geometry.out_width * channels;
   const int64_t rows = Min(tile.rows, geometry.out_height - tile.first_row);
   for (int64_t g = 0; g < tile.images; ++g) {
     for (int64_t y = 0; y < rows; y += bundles.height) {
@@ -621,27 +694,11 @@ void Finish(const KsArguments& arguments, const Parameters& parameters, const Ti
             }
             continue;
           }
-          Vec columns[kTileColumns][kPoints];  // Transformed along columns.
-          KS_UNROLL
-          for (int p = 0; p < kPoints; ++p) {
-            KS_UNROLL
-            for (int q = 0; q < kPoints; ++q) {
-              of_points[q] = Load(from + (q * kPoints + p) * point);
-            }
-            TransformSums(of_points, results);
-            KS_UNROLL
-            for (int i = 0; i < kTileColumns; ++i) columns[i][p] = results[i];
-          }
-          for (int64_t i = 0; i < high; ++i) {
-            TransformSums(columns[i], results);
-            KS_UNROLL
-            for (int q = 0; q < kTileColumns; ++q) {
-              if (q >= wide) break;
-              const int64_t next = i * geometry.out_width + q;
-              FinishResult(finishing, results[q], (pixel + next) * channels + channel,
-                           (single + next) * kSumWidth + v * kLanes, arguments.output);
-            }
-          }
+          const int64_t at = pixel * channels + channel;
+          FinishSquare(
+              finishing, from, point, at, row, high, wide,
+              plain && finishing.count == kLanes && high == kTileColumns && wide == kTileColumns,
+              arguments.output);
         }
       }
     }
