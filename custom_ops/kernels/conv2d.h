@@ -116,7 +116,7 @@ typedef struct KsPlan {
   int64_t table_bytes;    // One block, written by stages that prepare the table.
   int64_t filter_bytes;   // One block, written by stages that prepare the filter.
   int64_t shared_bytes;   // One block for the whole call, kept from stage to stage.
-  int64_t scratch_bytes;  // One block for each thread; nothing is kept between two run() calls.
+  int64_t scratch_bytes;  // One block for each thread; see KsMemory.held.
   int32_t num_stages;
   KsStage stages[KS_MAX_STAGES];
   int64_t parameters[KS_PLAN_PARAMETERS];  // The routine's own: tile sizes and the like.
@@ -129,6 +129,10 @@ typedef struct KsMemory {
   void* filter;
   void* shared;
   void* scratch;
+  // What `scratch` holds, in the routine's own words: null, and run() relies on nothing there; or a
+  // number that belongs to the caller, -1 before the first run() call of a stage on this scratch,
+  // then as the last call left it, and the scratch as well.
+  int64_t* held;
 } KsMemory;
 enum { KS_ALIGNMENT = 64 };  // Of each block, bytes.
 

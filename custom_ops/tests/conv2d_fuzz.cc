@@ -349,7 +349,10 @@ bool Run(const Report& report, const KsRoutine* routine, KsArguments arguments, 
                "a plan of 256 MiB");
   PlanMemory table(plan.table_bytes), filter(plan.filter_bytes), shared(plan.shared_bytes),
       scratch(plan.scratch_bytes);
-  const KsMemory memory = {table.get(), filter.get(), shared.get(), scratch.get()};
+  // Ranges in any order find what the last one left, now and then.
+  int64_t held = -1;
+  const KsMemory memory = {table.get(), filter.get(), shared.get(), scratch.get(),
+                           cut == Cut::kShuffled ? &held : nullptr};
   for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
     const int64_t items = plan.stages[stage].items;
     std::vector<std::pair<int64_t, int64_t>> ranges;
@@ -363,9 +366,14 @@ bool Run(const Report& report, const KsRoutine* routine, KsArguments arguments, 
     }
     if (cut == Cut::kSingle) std::reverse(ranges.begin(), ranges.end());
     if (cut == Cut::kShuffled) std::shuffle(ranges.begin(), ranges.end(), *random);
+    held = -1;
     int64_t spoils = 64;  // As often as shows a dependence, large scratch in mind.
     for (const auto& range : ranges) {
-      if (cut != Cut::kWhole && spoils-- > 0) scratch.Spoil();
+      const bool spoil = cut == Cut::kSingle || (cut == Cut::kShuffled && (*random)() % 2 == 0);
+      if (spoil && spoils-- > 0) {
+        scratch.Spoil();
+        held = -1;
+      }
       routine->run(&arguments, &plan, stage, range.first, range.second, &memory);
     }
   }

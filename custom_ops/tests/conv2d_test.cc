@@ -165,7 +165,8 @@ class Problem {
     KsArguments arguments = arguments_;
     KsPlan plan;
     if (!routine->plan(&arguments, &plan)) return false;
-    KsMemory memory = {Allocate(plan.table_bytes), Allocate(plan.filter_bytes), nullptr, nullptr};
+    KsMemory memory = {Allocate(plan.table_bytes), Allocate(plan.filter_bytes), nullptr, nullptr,
+                       nullptr};
     const std::vector<float> first = RunStages(routine, plan, range, true, arguments, &memory);
     *result = RunStages(routine, plan, range, false, arguments, &memory);
     EXPECT_TRUE(first.empty() || memcmp(first.data(), result->data(), first.size() * 4) == 0)
@@ -185,7 +186,7 @@ class Problem {
     KsPlan plan;
     if (!routine->plan(&arguments, &plan)) return false;
     const KsMemory blocks = {Allocate(plan.table_bytes), Allocate(plan.filter_bytes),
-                             Allocate(plan.shared_bytes), nullptr};
+                             Allocate(plan.shared_bytes), nullptr, nullptr};
     for (int32_t stage = 0; stage < plan.num_stages; ++stage) {
       const int64_t items = plan.stages[stage].items;
       std::atomic<int64_t> next{0};
@@ -194,6 +195,8 @@ class Problem {
         workers.emplace_back([&] {
           KsMemory memory = blocks;
           memory.scratch = Allocate(plan.scratch_bytes);
+          int64_t held = -1;
+          memory.held = &held;
           while (true) {
             // Relaxed: the counter must not order what the items do.
             const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);

@@ -9,7 +9,7 @@
 // sums of a block of output pixels stay in registers. An unstructured sparse convolution needs a
 // load for each multiply-add; this one needs a load for two to five.
 //
-//   group    kLanes regions; one after another, or shared by several pieces of work when few
+//   group    kLanes regions; one after another, or several pieces of work on each when few
 //   plane    [rows][columns][lanes] of one source channel of a group, with its margin of taps.
 //            Where a region is as high (wide) as the image there is no margin above and below (left
 //            and right): taps that fall into the padding are skipped.
@@ -74,7 +74,7 @@ struct Parameters {
 
   int64_t transposed;     // 1: stage 0 transposes the table, stage 1 the filter.
   int64_t shared_planes;  // 1: a stage of its own packs all planes, the next one computes.
-  int64_t splits;         // Parts of the result's channels, for shared_planes.
+  int64_t splits;         // Parts of the result's channels, one item each.
 };
 
 // --- Blocks --------------------------------------------------------------------------------------
@@ -1129,8 +1129,12 @@ constexpr int64_t kMaxRegion = 20;  // Rows, columns of a region.
 
 constexpr double kNearBytes = 400 << 10;  // Of planes and sums that stay in the L2 cache,
 constexpr double kOnceBytes = 600 << 10;  // and of those that do not.
-constexpr int64_t kSharedGroups = 8;      // With fewer groups, threads share their planes.
-constexpr int64_t kSplitCycles = 40000;   // Least work on planes that are shared.
+constexpr int64_t kSharedGroups = 8;      // With fewer groups, work on one is split,
+constexpr int64_t kSplitCycles = 40000;   // but not into less than this.
+// Each thread packs the planes of a split group for itself where computing takes as many times as
+// long. To read planes that another CPU has written takes about as long as to pack them, to write
+// over what it has read still longer.
+constexpr int64_t kOwnPlanesFrom = 3;
 
 struct Axis {
   int64_t size, source, kernel, pad;
@@ -1476,10 +1480,10 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
   const int64_t sums = arguments.kept * pixels * taps * (p.points > 0 ? 3 : 6) / 10;
   const int64_t group_bytes = PlanesSize(p, true) * 4;
   if (p.groups < kSharedGroups && p.groups * group_bytes <= kScratchLimit) {
-    p.shared_planes = 1;
     // A thread that takes a part of the channels reads most planes for it.
     p.splits = Min(Min(CeilDiv(kWantedItems, p.groups), CeilDiv(p.out_channels, kLineFloats)),
                    CeilDiv(sums + empty, kSplitCycles));
+    p.shared_planes = p.splits > 1 && fill * p.channels * kOwnPlanesFrom > sums + empty;
   }
 
   KsStage* stage = plan->stages;
@@ -1512,8 +1516,8 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
     stage->cost = 100 + (sums + empty) / p.splits;
     ++stage;
   } else {
-    stage->items = p.groups;
-    stage->cost = 100 + fill * p.channels + sums + empty;
+    stage->items = p.groups * p.splits;
+    stage->cost = 100 + (fill * p.channels + sums + empty) / p.splits;
     ++stage;
   }
   plan->num_stages = static_cast<int32_t>(stage - plan->stages);
@@ -1528,7 +1532,7 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
   plan->scratch_bytes =
       PieceBytes(RoundUp(Min(p.out_channels, p.together), kLanes) * p.tile_stride, 4) +
       PieceBytes(p.channels, 4) + PieceBytes(p.out_channels, 4) + RowBytes(p) +
-      (p.shared_planes ? 0 : PlanesSize(p, false) * 4);
+      (p.shared_planes ? 0 : PlanesSize(p, p.splits > 1) * 4);
   if (plan->scratch_bytes > kScratchLimit) return 0;
   SaveParameters(p, plan);
   return 1;
@@ -1631,21 +1635,27 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
   // A source that the L2 cache does not hold is fetched for one pack while the last one is computed
   // with.
   const bool fetch_source =
-      !p.shared_planes && p.batch * p.height * p.width * p.channels * 4 > kFetchFrom;
+      p.splits == 1 && p.batch * p.height * p.width * p.channels * 4 > kFetchFrom;
+  // The group whose planes are packed, all parts of them.
+  int64_t held = memory->held == nullptr ? -1 : *memory->held;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t split = item % p.splits;
     if (item / p.splits != group) {
       group = item / p.splits;
       FindRegions(p, group, source, &work.regions);
     }
+    const float* group_planes = p.shared_planes ? shared_planes + group * group_size : own_planes;
+    if (p.splits > 1 && !p.shared_planes && held != group) {
+      PackPart(work, 0, p.channels, own_planes);
+      held = group;
+    }
     const int64_t last_channel = SplitChannel(p, split + 1);
     for (int64_t part = 0; part < p.parts; ++part) {
       const int64_t channel = PartChannel(p, part);
-      const float* planes = own_planes;
-      if (p.shared_planes) {
-        planes = shared_planes + group * group_size + channel * p.plane_size;
-      } else {
+      const float* planes = group_planes + channel * p.plane_size;
+      if (p.splits == 1) {
         PackPart(work, channel, PartChannel(p, part + 1), own_planes);
+        planes = own_planes;
       }
       FetchNothing(&work.upcoming);
       const bool last_part = part == p.parts - 1;
@@ -1668,6 +1678,7 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
       }
     }
   }
+  if (memory->held != nullptr) *memory->held = held;
   if (work.stream) StreamEnd();
 }
 

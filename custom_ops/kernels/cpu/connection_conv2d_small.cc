@@ -191,14 +191,12 @@ int Plan(const KsArguments& arguments, bool transposed, KsPlan* plan) {
     ++stage;
     plan->filter_bytes = TransposedFilterBytes(arguments);
   }
-  stage->items = p.vectors;
-  stage->cost = 100 + p.channels * 6;
-  ++stage;
   stage->items = p.vectors * p.splits;
-  stage->cost = 100 + (arguments.kept * taps + p.out_channels * (taps + 8)) / p.splits;
+  stage->cost =
+      100 + (p.channels * 6 + arguments.kept * taps + p.out_channels * (taps + 8)) / p.splits;
   ++stage;
   plan->num_stages = static_cast<int32_t>(stage - plan->stages);
-  plan->shared_bytes = p.vectors * p.channels * kLanes * 4;
+  plan->scratch_bytes = p.channels * kLanes * 4;
   SaveParameters(p, plan);
   return 1;
 }
@@ -225,27 +223,25 @@ void Run(const KsArguments& arguments, const KsPlan* plan, int32_t stage, int64_
     TransposeFilter(arguments, transposed, begin, end, [](int64_t t) { return t; });
     return;
   }
-  float* const planes = static_cast<float*>(memory->shared);
-  const int64_t size = p.channels * kLanes;
-  if (stage == 0) {
-    for (int64_t vector = begin; vector < end; ++vector) {
-      PackChannels(p, source, vector, 0, p.channels, planes + vector * size);
-    }
-    return;
-  }
+  // Each thread packs for itself: that is less work than to read what another CPU has packed.
+  float* const planes = static_cast<float*>(memory->scratch);
+  int64_t held = memory->held == nullptr ? -1 : *memory->held;  // The vector in `planes`.
   const Epilogue epilogue = MakeEpilogue(arguments);
   const SumFunction sum = FindSum(g.kernel_height * g.kernel_width);
   const int64_t blocks = CeilDiv(p.out_channels, kLanes);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t vector = item / p.splits, split = item % p.splits;
+    if (held != vector) PackChannels(p, source, vector, 0, p.channels, planes);
+    held = vector;
     const int64_t last = Min(p.out_channels, PartBegin(blocks, p.splits, split + 1) * kLanes);
     for (int64_t o = PartBegin(blocks, p.splits, split) * kLanes; o < last; o += kLanes) {
       const int64_t count = Min(kLanes, last - o);
       Vec results[kLanes];
-      sum(table, *taps, planes + vector * size, o, count, results);
+      sum(table, *taps, planes, o, count, results);
       StoreChannels(p, vector, o, count, epilogue, results, arguments.output);
     }
   }
+  if (memory->held != nullptr) *memory->held = held;
 }
 
 #else  // Without permutations of a whole vector by a table.
