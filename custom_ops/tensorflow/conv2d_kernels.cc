@@ -4,6 +4,9 @@
 // routine on TensorFlow's thread pool.
 
 #include <string.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -16,6 +19,7 @@
 #include "custom_ops/kernels/conv2d.h"
 #include "custom_ops/tensorflow/block_pool.h"
 #include "custom_ops/tensorflow/conv2d_attributes.h"
+#include "custom_ops/tensorflow/crew.h"
 #include "custom_ops/tensorflow/prepared.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -35,8 +39,8 @@ using ::tensorflow::TensorShape;
 
 constexpr int64_t kThreadCycles =
     40000;                              // Work that is worth another thread, which has to be woken.
-constexpr int64_t kChunkCycles = 5000;  // Work that is taken at a time.
-constexpr int kLooks = 2000;            // Some 20 microseconds.
+constexpr int64_t kChunkCycles = 5000;  // Work that is taken at a time, at least,
+constexpr int64_t kChunksAhead = 4;     // of the items that are left so many chunks.
 constexpr int64_t kScratchOfAll = int64_t{2} << 30;  // Fewer threads work, rather than more memory.
 
 // Large tensors are new memory again and again, as the C library gives them back to the system when
@@ -47,21 +51,28 @@ void AskForHugePages(Tensor* tensor) {
   if (bytes >= kHugeFrom) keras_sparse::AskForHugePages(tensor->data(), bytes);
 }
 
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
+int64_t CurrentCpu() {
+#ifdef __linux__
+  return std::max(0, sched_getcpu());
+#else
+  return 0;
 #endif
 }
 
-// A stage whose items are taken in chunks by whichever thread is free. The caller works as well and
-// returns when all items are done; it never waits for a thread that has not started, and such a
-// thread, once it starts, finds nothing left and touches only this object.
+// A stage whose items are cut into as many parts as there are workers. Each takes chunks of its own
+// part, of the others' when that is done. The caller works as well and returns when all items are
+// done; it never waits for a thread that has not started, and such a thread, once it starts, finds
+// nothing left and touches only this object.
+//
+// A CPU begins with the same part and the same block of scratch memory in every op, whichever
+// thread it runs. What it writes is then mostly what it wrote in the last op, and what it reads of
+// another layer's result what it wrote there. To fetch a cache line that another CPU has written
+// takes as long as some hundreds of multiply-adds, and much longer if the two share no cache, which
+// a virtual machine cannot know.
 class StageRun {
  public:
   StageRun(const KsArguments* arguments, const KsPlan* plan, const KsRoutine* routine,
-           int32_t stage, const KsMemory& memory, int64_t scratch_stride)
+           int32_t stage, const KsMemory& memory, int64_t scratch_stride, int64_t workers)
       : arguments_(arguments),
         plan_(plan),
         routine_(routine),
@@ -69,23 +80,30 @@ class StageRun {
         memory_(memory),
         scratch_stride_(scratch_stride),
         items_(plan->stages[stage].items),
-        chunk_(std::max<int64_t>(1, kChunkCycles / plan->stages[stage].cost)) {}
+        chunk_(std::max<int64_t>(1, kChunkCycles / plan->stages[stage].cost)),
+        parts_(workers) {
+    for (int64_t i = 0; i < workers; ++i) {
+      parts_[i].next = items_ * i / workers;
+      parts_[i].end = items_ * (i + 1) / workers;
+    }
+  }
 
   // Takes chunks until none is left. Called once by each worker.
   void Work() {
-    int64_t done = 0;
+    const int64_t parts = static_cast<int64_t>(parts_.size());
+    int64_t own = CurrentCpu() % parts;
+    while (parts_[own].taken.exchange(true)) own = (own + 1) % parts;
     KsMemory memory = memory_;
-    memory.scratch = nullptr;
-    while (true) {
-      const int64_t begin = next_.fetch_add(chunk_);
-      if (begin >= items_) break;
-      if (memory.scratch == nullptr) {
-        memory.scratch =
-            static_cast<char*>(memory_.scratch) + workers_.fetch_add(1) * scratch_stride_;
+    memory.scratch = static_cast<char*>(memory_.scratch) + own * scratch_stride_;
+    int64_t held = -1;
+    memory.held = &held;
+    int64_t done = 0;
+    for (int64_t i = 0; i < parts; ++i) {
+      int64_t begin, end;
+      while (TakeChunk(&parts_[(own + i) % parts], &begin, &end)) {
+        routine_->run(arguments_, plan_, stage_, begin, end, &memory);
+        done += end - begin;
       }
-      const int64_t end = std::min(items_, begin + chunk_);
-      routine_->run(arguments_, plan_, stage_, begin, end, &memory);
-      done += end - begin;
     }
     if (done == 0) return;
     if (done_.fetch_add(done) + done == items_) {
@@ -106,17 +124,34 @@ class StageRun {
   }
 
  private:
+  struct alignas(KS_ALIGNMENT) Part {
+    std::atomic<int64_t> next{0};  // Item.
+    int64_t end = 0;
+    std::atomic<bool> taken{false};  // By the worker that begins with it.
+  };
+
+  // Chunks become smaller to the end: routines fetch one item while they compute another, which
+  // wants long ones, and workers should finish together.
+  bool TakeChunk(Part* part, int64_t* begin, int64_t* end) const {
+    *begin = part->next.load();
+    while (*begin < part->end) {
+      const int64_t left = part->end - *begin;
+      *end = *begin + std::min(left, std::max(chunk_, left / kChunksAhead));
+      if (part->next.compare_exchange_weak(*begin, *end)) return true;
+    }
+    return false;
+  }
+
   // Belong to the caller, who stays until all items are done.
   const KsArguments* arguments_;
   const KsPlan* plan_;
   const KsRoutine* routine_;
   const int32_t stage_;
-  const KsMemory memory_;  // Its scratch is a block for each worker, one after another.
+  const KsMemory memory_;  // Its scratch is a block for each of the workers, one after another.
   const int64_t scratch_stride_;
 
   const int64_t items_, chunk_;
-  std::atomic<int64_t> next_{0};
-  std::atomic<int64_t> workers_{0};  // That have taken scratch memory.
+  std::vector<Part> parts_;
   std::mutex mutex_;
   std::condition_variable all_done_;
   std::atomic<int64_t> done_{0};
@@ -160,11 +195,9 @@ class StageRunner {
         routine_->run(&arguments_, &plan_, stage, 0, items, &memory);
         continue;
       }
-      const auto run =
-          std::make_shared<StageRun>(&arguments_, &plan_, routine_, stage, memory, scratch_stride_);
-      for (int64_t worker = 1; worker < use; ++worker) {
-        workers_->workers->Schedule([run] { run->Work(); });
-      }
+      const auto run = std::make_shared<StageRun>(&arguments_, &plan_, routine_, stage, memory,
+                                                  scratch_stride_, use);
+      Crew::Global().Start(workers_->workers, use - 1, [run] { run->Work(); });
       run->Work();
       run->Wait();
     }
@@ -398,7 +431,7 @@ class Conv2DOp : public OpKernel {
     const KsPlan& plan = prepared->plan;
     const StageRunner runner(context, arguments, plan, prepared->routine);
     PooledBlock shared(plan.shared_bytes), scratch(runner.scratch_bytes());
-    KsMemory memory = {prepared->block.data(), nullptr, shared.data(), scratch.data()};
+    KsMemory memory = {prepared->block.data(), nullptr, shared.data(), scratch.data(), nullptr};
     const int64_t bytes = plan.table_bytes + plan.shared_bytes + runner.scratch_bytes();
     if ((plan.table_bytes > 0 && memory.table == nullptr) ||
         (plan.shared_bytes > 0 && memory.shared == nullptr) ||
