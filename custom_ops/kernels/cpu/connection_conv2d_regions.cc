@@ -1131,10 +1131,6 @@ constexpr double kNearBytes = 400 << 10;  // Of planes and sums that stay in the
 constexpr double kOnceBytes = 600 << 10;  // and of those that do not.
 constexpr int64_t kSharedGroups = 8;      // With fewer groups, work on one is split,
 constexpr int64_t kSplitCycles = 40000;   // but not into less than this.
-// Each thread packs the planes of a split group for itself where computing takes as many times as
-// long. To read planes that another CPU has written takes about as long as to pack them, to write
-// over what it has read still longer.
-constexpr int64_t kOwnPlanesFrom = 3;
 
 struct Axis {
   int64_t size, source, kernel, pad;
@@ -1483,7 +1479,9 @@ int Plan(const KsArguments& arguments, bool points, Parameters p, KsPlan* plan) 
     // A thread that takes a part of the channels reads most planes for it.
     p.splits = Min(Min(CeilDiv(kWantedItems, p.groups), CeilDiv(p.out_channels, kLineFloats)),
                    CeilDiv(sums + empty, kSplitCycles));
-    p.shared_planes = p.splits > 1 && fill * p.channels * kOwnPlanesFrom > sums + empty;
+    // Each thread packs planes for itself where that is less than to compute: to read those that
+    // another CPU has written takes about as long, to write over what it has read still longer.
+    p.shared_planes = p.splits > 1 && fill * p.channels > sums + empty;
   }
 
   KsStage* stage = plan->stages;
