@@ -997,6 +997,60 @@ int64_t PointFilterBytes(int64_t kept) { return PieceBytes(kept * kPoints * kPoi
 // Lays out the filter of result channels [begin, end) for SumPoints: from where the table has its
 // connections on, each set of kTogether points [connections][kTogether][kPointTaps]. Connections of
 // a transposed table have come from places `from`, and their taps are flipped.
+#ifdef KS_HAVE_PERMUTE
+// Some weights at a time, each the sum of the three taps of a row.
+template <int kTogether>
+void LayPointsOf(const Table& table, const float* filter, const int32_t* from, int64_t begin,
+                 int64_t end, float* to) {
+  constexpr int kSetTaps = kTogether * kPointTaps;
+  constexpr int kMostWeights = 9;
+  constexpr int kWeights = kSetTaps < kMostWeights ? kSetTaps : kMostWeights;
+  constexpr int kPieces = kPoints * kPointTaps / kWeights;
+  Places places[kPieces][kPointTaps];
+  Vec factors[kPieces][kPointTaps];
+  for (int tap = 0; tap < kPointTaps; ++tap) {
+    float taps[kPointTaps] = {}, points[kPoints];
+    taps[tap] = 1;
+    TransformTaps(taps, points);
+    for (int piece = 0; piece < kPieces; ++piece) {
+      int32_t sources[kLanes] = {};
+      float of_tap[kLanes] = {};
+      for (int l = 0; l < kWeights; ++l) {
+        const int weight = piece * kWeights + l;
+        const int source = weight % kPointTaps * kPointTaps + tap;
+        sources[l] = from == nullptr ? source : kPointTaps * kPointTaps - 1 - source;
+        of_tap[l] = points[weight / kPointTaps];
+      }
+      places[piece][tap] = LoadPlaces(sources);
+      factors[piece][tap] = Load(of_tap);
+    }
+  }
+  // A transposed table reads the filter in random order.
+  constexpr int64_t kAhead = 12;
+  const int64_t last = Max(0, int64_t{table.row_splits[end]} - 1);
+  to += int64_t{table.row_splits[begin]} * kPoints * kPointTaps;
+  for (int64_t o = begin; o < end; ++o) {
+    const int64_t first = table.row_splits[o];
+    const int64_t connections = table.row_splits[o + 1] - first;
+    const int64_t set = connections * kSetTaps;
+    for (int64_t c = 0; c < connections; ++c, to += kSetTaps) {
+      if (from != nullptr) __builtin_prefetch(filter + from[Min(first + c + kAhead, last)] * 9);
+      const Vec taps = LoadFirst(filter + (from == nullptr ? first + c : from[first + c]) * 9, 9);
+      KS_UNROLL
+      for (int piece = 0; piece < kPieces; ++piece) {
+        Vec weights = factors[piece][0] * Permute(taps, places[piece][0]);
+        KS_UNROLL
+        for (int i = 1; i < kPointTaps; ++i) {
+          weights += factors[piece][i] * Permute(taps, places[piece][i]);
+        }
+        constexpr int kOfSet = kSetTaps / kWeights;
+        StoreFirst(to + piece / kOfSet * set + piece % kOfSet * kWeights, weights, kWeights);
+      }
+    }
+    to += connections * (kPoints * kPointTaps - kSetTaps);
+  }
+}
+#else
 template <int kTogether>
 void LayPointsOf(const Table& table, const float* filter, const int32_t* from, int64_t begin,
                  int64_t end, float* to) {
@@ -1029,6 +1083,7 @@ void LayPointsOf(const Table& table, const float* filter, const int32_t* from, i
     to += connections * (kPoints * kPointTaps - kSetTaps);
   }
 }
+#endif
 
 void LayPoints(const Parameters& p, const Table& table, const float* filter, const int32_t* from,
                int64_t begin, int64_t end, float* to) {

@@ -70,7 +70,22 @@ KS_INLINE void TransposeFilter(const KsArguments& arguments, const TransposedTab
   const int64_t end_row = Min(end_item * kTransposedRowsPerItem, geometry.in_channels);
   const int64_t begin = table.row_splits[begin_item * kTransposedRowsPerItem];
   const int64_t end = table.row_splits[end_row];
+  constexpr int64_t kAhead = 12;  // Connections: the filter is read in random order.
+#ifdef KS_HAVE_PERMUTE
+  if (taps <= kLanes) {
+    int32_t sources[kLanes] = {};
+    for (int64_t t = 0; t < taps; ++t) sources[t] = static_cast<int32_t>(source(t));
+    const Places places = LoadPlaces(sources);
+    for (int64_t c = begin; c < end; ++c) {
+      __builtin_prefetch(arguments.filter + table.from[Min(c + kAhead, end - 1)] * taps);
+      const Vec of_connection = LoadFirst(arguments.filter + table.from[c] * taps, taps);
+      StoreFirst(table.filter + c * taps, Permute(of_connection, places), taps);
+    }
+    return;
+  }
+#endif
   for (int64_t c = begin; c < end; ++c) {
+    __builtin_prefetch(arguments.filter + table.from[Min(c + kAhead, end - 1)] * taps);
     const float* from = arguments.filter + table.from[c] * taps;
     float* to = table.filter + c * taps;
     for (int64_t t = 0; t < taps; ++t) to[t] = from[source(t)];

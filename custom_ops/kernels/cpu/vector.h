@@ -84,18 +84,36 @@ KS_INLINE void StreamEnd() {
 
 KS_INLINE Vec Splat(float x) { return x - Vec{}; }  // x - 0 is x, -0 included: one broadcast.
 
+// The first `count` lanes, zeros in the others.
+#if defined(__SSE2__) && KS_VECTOR_BYTES == 64
+KS_INLINE void StoreFirst(float* p, Vec v, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(v));
+}
+KS_INLINE Vec LoadFirst(const float* p, int64_t count) {
+  return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
+}
+#else
 KS_INLINE void StoreFirst(float* p, Vec v, int64_t count) {
   float lanes[kLanes];
   Store(lanes, v);
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
-
-// The first `count` lanes, zeros in the others.
 KS_INLINE Vec LoadFirst(const float* p, int64_t count) {
   float lanes[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
   return Load(lanes);
 }
+#endif
+
+// Lanes at places that are known when it runs only, where an instruction does that.
+#if defined(__SSE2__) && KS_VECTOR_BYTES == 64
+#define KS_HAVE_PERMUTE 1
+typedef __m512i Places;
+KS_INLINE Places LoadPlaces(const int32_t* p) { return _mm512_loadu_si512(p); }
+KS_INLINE Vec Permute(Vec v, Places places) {
+  return reinterpret_cast<Vec>(_mm512_permutexvar_ps(places, reinterpret_cast<__m512>(v)));
+}
+#endif
 
 template <int... kIndex>
 struct Lanes {};
