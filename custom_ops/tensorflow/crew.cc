@@ -7,6 +7,12 @@
 #include <utility>
 
 namespace keras_sparse {
+namespace {
+
+// A thread may be done a chunk of work before the caller is, and then waits for the next op.
+constexpr int kLooksOfCrew = 2 * kLooks;
+
+}  // namespace
 
 // Lives on the stack of its thread, which leaves only once it is no longer among those waiting.
 struct Crew::Member {
@@ -52,7 +58,7 @@ void Crew::Serve(tensorflow::thread::ThreadPool* pool, std::function<void()> wor
       if (others + 1 >= pool->NumThreads()) return;
       waiting_.push_back(&self);
     }
-    for (int i = 0; i < 5 * kLooks && !self.called.load(std::memory_order_acquire); ++i) Pause();
+    for (int i = 0; i < kLooksOfCrew && !self.called.load(std::memory_order_acquire); ++i) Pause();
     if (!self.called.load(std::memory_order_acquire)) {
       std::lock_guard<std::mutex> lock(mutex_);
       if (!self.called.load(std::memory_order_relaxed)) {

@@ -46,7 +46,7 @@ inline void Pause() {
 #endif
 }
 
-constexpr int kLooks = 2000;  // Some 20 microseconds.
+constexpr int kLooks = 2000;  // Some 20 to 80 microseconds.
 
 }  // namespace keras_sparse
 

@@ -94,6 +94,41 @@ def test_threads_and_instruction_sets(tmp_path):
         assert isa != "baseline" or checksum != best
 
 
+# Ops of several callers share three threads, again and again; prints how many results differ from the first ones.
+CONCURRENT = """
+import concurrent.futures, sys
+import numpy as np
+import tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(3)
+import oracle
+ops = tf.load_op_library(sys.argv[1])
+layers = []
+for case, (n, h, ci, co, k) in enumerate(
+    [(1, 28, 96, 96, 3), (6, 14, 128, 96, 3), (1, 14, 512, 64, 1), (1, 4, 400, 400, 3)]
+):
+    generator = oracle.rng(23, case)
+    x = tf.constant(generator.standard_normal((n, h, h, ci)).astype("f"))
+    _, w, *table = oracle.connection_table(generator, 0.3, (k, k), ci, co)
+    _, w2, indices = oracle.thinned_filter(generator, 0.3, (k, k), ci, co)
+    options = dict(padding="SAME", strides=[1, 1])
+    layers.append(lambda x=x, w=w, table=table, options=options: ops.keras_sparse_connection_conv2d(
+        x, w, *table, **options).numpy())
+    layers.append(lambda x=x, w=w2, indices=indices, k=k, options=options: ops.keras_sparse_thinned_conv2d(
+        x, w, indices, kernel_size=[k, k], **options).numpy())
+first = [layer() for layer in layers]
+def differences(caller):
+    turns = [(caller + i) % len(layers) for i in range(40 * len(layers))]
+    return sum(not np.array_equal(layers[i](), first[i]) for i in turns)
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    print(sum(pool.map(differences, range(4))))
+"""
+
+
+def test_concurrent_ops():
+    """Ops that run at the same time take turns on the threads of a pool, and none takes another's work or memory."""
+    assert run(CONCURRENT, ops.library_path()).stdout.split()[-1] == "0"
+
+
 def copy_package(target, library):
     """Copies keras_sparse.ops, with `library` as the bytes of its .so (None: without)."""
     os.makedirs(target / "keras_sparse")
