@@ -49,17 +49,17 @@ struct Sums {
                   // take a cache line each; 0: nothing is.
   // Floats from what is read of a point to what is fetched for later blocks; 0: nothing is. With
   // kFetchByTerms only.
-  int64_t x_ahead = 0;
-  int64_t fetch_pair = -1;  // Which two points that is done for; -1: all.
-  bool in_order;            // Whether the rows of terms follow each other.
+  int64_t x_ahead;
+  int64_t fetch_pair;  // Which two points that is done for, counted from 1; 0: all.
+  bool in_order;       // Whether the rows of terms follow each other.
   float* out;
   bool add;     // To what `out` holds.
   bool stream;  // Stores past the caches.
   // Whether to fetch where a block will be stored to while it is computed: stores to memory that no
   // near cache holds would hold up the next block.
-  bool fetch_out = false;
+  bool fetch_out;
   // With its pointers at the place of `out`, or null: these sums are not the last.
-  const Epilogue* epilogue = nullptr;
+  const Epilogue* epilogue;
 };
 
 // The one place where finished sums of a block go to memory.
@@ -138,8 +138,8 @@ void SumTerms(const Sums& sums, const Point* points) {
   const float* next = sums.num_terms > 0 ? w + sums.terms->row * w_stride : w;
   const float *first = nullptr, *second = nullptr;
   if (kRows == kPairFetched) {
-    first = sums.x + points[2 * sums.fetch_pair % kCount].x + x_ahead;
-    second = sums.x + points[(2 * sums.fetch_pair + 1) % kCount].x + x_ahead;
+    first = sums.x + points[(2 * sums.fetch_pair - 2) % kCount].x + x_ahead;
+    second = sums.x + points[(2 * sums.fetch_pair - 1) % kCount].x + x_ahead;
   }
   for (const Term* term = sums.terms; term != last; ++term) {
     const float* const row = kRows == kRowsInOrder ? next : w + term->row * w_stride;
@@ -263,8 +263,8 @@ KS_INLINE void SumBlock(const Panel& panel, int rows, const Point* points, int64
 // fetch points do so again and again.
 KS_INLINE int BlockRows(int64_t b, int64_t ahead, Sums* sums) {
   if (kFetchByTerms && sums->x_ahead != 0) {
-    if (sums->fetch_pair >= 0) return kPairFetched;
-    sums->ahead = ahead + b % (sums->w_stride / kLineFloats + 1) * kLineFloats;
+    if (sums->fetch_pair > 0) return kPairFetched;
+    sums->ahead = ahead + b % kPanelVectors * kLineFloats;
     return kAllFetched;
   }
   if (ahead != 0 && b * kLineFloats <= sums->w_stride) {  // A row may begin within a line.

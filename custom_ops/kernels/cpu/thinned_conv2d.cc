@@ -72,21 +72,26 @@ struct Spans {
   Span rows[kMostSpans], columns[kMostSpans];
 };
 enum { kSplitRows = 1, kSplitColumns = 2 };
+void WidestFirst(int64_t count, Span* spans) {
+  int64_t widest = 0;
+  for (int64_t i = 1; i < count; ++i) {
+    if (spans[i].end - spans[i].begin > spans[widest].end - spans[widest].begin) widest = i;
+  }
+  const Span first = spans[0];
+  spans[0] = spans[widest];
+  spans[widest] = first;
+}
 bool SetSpans(const KsGeometry& geometry, Parameters* parameters, Spans* spans) {
   parameters->row_spans =
       MakeSpans(RowAxis(geometry), (parameters->split & kSplitRows) != 0, spans->rows);
   parameters->col_spans =
       MakeSpans(ColumnAxis(geometry), (parameters->split & kSplitColumns) != 0, spans->columns);
-  // The widest first, where terms fetch pixels a row ahead for its blocks: they are there for the
-  // others then. Pixels fetched row by row are wanted in that order.
-  int64_t widest = 0;
-  for (int64_t c = 1; kFetchByTerms && c < parameters->col_spans; ++c) {
-    const Span &a = spans->columns[c], &b = spans->columns[widest];
-    if (a.end - a.begin > b.end - b.begin) widest = c;
+  // The widest first, where terms fetch pixels some rows ahead for its blocks: they are there for
+  // the others then. Pixels fetched row by row are wanted in that order.
+  if (kFetchByTerms) {
+    WidestFirst(parameters->row_spans, spans->rows);
+    WidestFirst(parameters->col_spans, spans->columns);
   }
-  const Span first = spans->columns[0];
-  spans->columns[0] = spans->columns[widest];
-  spans->columns[widest] = first;
   return parameters->row_spans > 0 && parameters->col_spans > 0;
 }
 
@@ -259,7 +264,8 @@ void SumClass(const KsArguments& arguments, const Parameters& parameters, const 
   const int64_t block_cycles =
       Max(1, of_class.num_terms * most_points * panels[0].vectors * num_panels);
   const int64_t x_ahead = g.kernel_height * g.kernel_width > 1
-                              ? g.stride_height * parameters.tiles.row_stride
+                              ? ((g.kernel_height - 1) * g.dilation_height + g.stride_height) *
+                                    parameters.tiles.row_stride
                               : CeilDiv(kMemoryCycles, block_cycles) * most_points *
                                     g.stride_width * parameters.tiles.pixel_stride;
   // By a few panels, two pixels of a block each, or by one.
@@ -277,7 +283,7 @@ void SumClass(const KsArguments& arguments, const Parameters& parameters, const 
     sums.terms = of_class.terms;
     sums.num_terms = of_class.num_terms;
     sums.x_ahead = kFetchByTerms && of_class.fetch && i < (in_pairs ? pairs : 1) ? x_ahead : 0;
-    sums.fetch_pair = in_pairs ? i : -1;
+    sums.fetch_pair = in_pairs ? i + 1 : 0;
     sums.in_order = of_class.num_terms == of_class.all_terms;
     sums.out = arguments.output + of_class.out + channel;
     sums.add = !of_class.first;
