@@ -1,7 +1,7 @@
 // Copyright 2026 The keras_sparse Authors. Licensed under the Apache License, Version 2.0.
 //
-// Memory for compute routines: blocks that are kept from call to call, so that a model in steady
-// state allocates nothing but its tensors.
+// Memory for compute routines and their results: blocks that are kept from call to call, so that a
+// model in steady state asks the system for none.
 
 #ifndef KERAS_SPARSE_CUSTOM_OPS_TENSORFLOW_BLOCK_POOL_H_
 #define KERAS_SPARSE_CUSTOM_OPS_TENSORFLOW_BLOCK_POOL_H_
@@ -13,12 +13,10 @@
 
 namespace keras_sparse {
 
-// Asks the system for huge pages in [data, data + bytes), which may belong to anyone: a wish, on
-// which nothing depends.
-void AskForHugePages(void* data, int64_t bytes);
-
-// Uninitialised memory, aligned to KS_ALIGNMENT; large blocks lie on huge pages where the system
-// has them, which planes read in random order need.
+// Uninitialised memory, aligned to KS_ALIGNMENT. Blocks from kHugePage on have whole huge pages of
+// their own, where the system has them, and do not come from the C library: what that recycles was
+// mapped by 4 kB before, and stays so. Finding a page of a virtual machine's memory can take longer
+// than what is computed with it.
 class Block {
  public:
   Block() = default;
@@ -32,6 +30,8 @@ class Block {
   char* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
 
+  static constexpr int64_t kHugePage = int64_t{2} << 20;
+
  private:
   char* data_ = nullptr;
   int64_t bytes_ = 0;
@@ -41,10 +41,12 @@ class Block {
 // in cache. What is kept at rest is bounded by kMostKept.
 class BlockPool {
  public:
+  // The pool of scratch memory.
   static BlockPool& Global();
 
-  // A block of at least `bytes`, or an empty one when there is no such memory.
-  Block Take(int64_t bytes);
+  // A block of at least `bytes`, or an empty one when there is no such memory. A block that is kept
+  // has `most_bytes` at most: of scratch memory any will do, as it comes back soon.
+  Block Take(int64_t bytes, int64_t most_bytes = INT64_MAX);
   void Return(Block block);
 
  private:

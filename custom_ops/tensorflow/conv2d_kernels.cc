@@ -21,6 +21,7 @@
 #include "custom_ops/tensorflow/conv2d_attributes.h"
 #include "custom_ops/tensorflow/crew.h"
 #include "custom_ops/tensorflow/prepared.h"
+#include "custom_ops/tensorflow/results.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/framework/tensor_shape.h"
@@ -42,14 +43,6 @@ constexpr int64_t kThreadCycles =
 constexpr int64_t kChunkCycles = 5000;  // Work that is taken at a time, at least,
 constexpr int64_t kChunksAhead = 4;     // of the items that are left so many chunks.
 constexpr int64_t kScratchOfAll = int64_t{2} << 30;  // Fewer threads work, rather than more memory.
-
-// Large tensors are new memory again and again, as the C library gives them back to the system when
-// they are freed, and mapping it in pages of 4 kB can take longer than a sparse convolution does.
-constexpr int64_t kHugeFrom = 4 << 20;  // Bytes.
-void AskForHugePages(Tensor* tensor) {
-  const int64_t bytes = tensor->TotalBytes();
-  if (bytes >= kHugeFrom) keras_sparse::AskForHugePages(tensor->data(), bytes);
-}
 
 int64_t CurrentCpu() {
 #ifdef __linux__
@@ -371,10 +364,9 @@ class Conv2DOp : public OpKernel {
     }
     if (!status.ok()) return status;
     Tensor* output = nullptr;
-    status = context->allocate_output(0, shape, &output);
+    status = AllocateResult(context, shape, &output);
     if (!status.ok()) return status;
     if (output->NumElements() == 0) return absl::OkStatus();
-    AskForHugePages(output);
     arguments.output = output->flat<float>().data();
     return RunRoutine(context, arguments, filter, std::move(prepared));
   }
@@ -401,9 +393,8 @@ class Conv2DOp : public OpKernel {
     absl::Status status =
         TensorShape::BuildTensorShape({g.batch, g.out_height, g.out_width, g.out_channels}, &shape);
     Tensor whole;
-    if (status.ok()) status = context->allocate_temp(tensorflow::DT_FLOAT, shape, &whole);
+    if (status.ok()) status = AllocateTemporary(context, shape, &whole);
     if (!status.ok()) return status;
-    AskForHugePages(&whole);
     KsArguments apart = arguments;
     apart.pool = 0;
     apart.output = whole.flat<float>().data();

@@ -1,4 +1,6 @@
-"""What an op keeps from one call to the next must never be older than its inputs."""
+"""What ops keep from one call to the next: never older than their inputs, never in use twice, and not without end."""
+
+import os
 
 import numpy as np
 import pytest
@@ -102,3 +104,51 @@ def test_ops_with_a_common_table_or_filter(routine):
     graphs += [tf.function(lambda o=o: convolve(ks.ops, *o)) for o in operands]
     operands += operands
     check()
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def large_results(generator, batch):
+    """Return a function of a scale to a result of `batch` MB, and what it must be for a scale of 1."""
+    filter, indices = thinned_variables(generator)
+    x = tf.constant(generator.standard_normal((batch, 128, 64, 8)).astype("float32"))
+    plain = reference.thinned_conv2d(x, filter, indices, (3, 3), padding="same")
+
+    def compute(scale):
+        return ks.ops.thinned_conv2d(x * scale, filter, indices, (3, 3), padding="same")
+
+    assert plain.shape[1:] == (128, 64, 32)  # 1 MB an image
+    return compute, plain
+
+
+def test_large_results_have_memory_of_their_own():
+    compute, plain = large_results(np.random.default_rng(2), 2)
+    alive = {}
+    for step in range(24):  # results go and others take their memory while some stay
+        alive[step % 7] = step + 1.0, compute(step + 1.0)
+        if step % 3 == 0:
+            alive.pop((step // 3) % 7, None)
+        for scale, result in alive.values():
+            np.testing.assert_allclose(result, plain * scale, rtol=1e-4, atol=1e-4 * scale)
+    # A view of the memory outlives its tensor.
+    view = compute(1.0).numpy()
+    alive.clear()
+    others = [compute(2.0) for _ in range(4)]
+    np.testing.assert_allclose(view, plain, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(others[-1], plain * 2.0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="There is no such file to read from.")
+def test_memory_of_large_results_is_given_back():
+    generator = np.random.default_rng(3)
+    compute, _ = large_results(generator, 1)
+    compute(1.0)
+    before = resident_bytes()
+    results = [compute(1.0) for _ in range(600)]  # each in a block of 2 MB
+    assert resident_bytes() - before >= 600 << 20
+    del results
+    # What is kept: 256 MB. The rest is some slack.
+    assert resident_bytes() - before < 320 << 20
