@@ -15,8 +15,8 @@ namespace keras_sparse {
 
 // Uninitialised memory, aligned to KS_ALIGNMENT. Blocks from kHugePage on have whole huge pages of
 // their own, where the system has them, and do not come from the C library: what that recycles was
-// mapped by 4 kB before, and stays so. Finding a page of a virtual machine's memory can take longer
-// than what is computed with it.
+// mapped by 4 kB before, and stays so. Finding those pages takes a part of a sparse layer's time,
+// more so on a virtual machine.
 class Block {
  public:
   Block() = default;

@@ -12,9 +12,8 @@
 namespace keras_sparse {
 
 // Like context->allocate_output(0, shape, output), with large results on huge pages of a pool. They
-// are written and, by the next layer, read once each, a page after the other, which with pages of
-// 4 kB takes longer than many a sparse layer has to compute. TensorFlow's allocator has huge pages
-// for none of them, and new memory for some.
+// are written and, by the next layer, read once each, a page after the other: to find pages of 4 kB
+// takes a part of a sparse layer's time. TensorFlow's allocator does not ask for huge ones.
 absl::Status AllocateResult(tensorflow::OpKernelContext* context,
                             const tensorflow::TensorShape& shape, tensorflow::Tensor** output);
 
