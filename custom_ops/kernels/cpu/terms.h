@@ -62,18 +62,26 @@ struct Sums {
   const Epilogue* epilogue;
 };
 
+// Where the results of the next point go. One place at a time: compilers would read all first, and
+// keep in vector registers what the others do not hold. Moves from those wait for all products.
+KS_INLINE float* NextOut(const Sums& sums, const Point** point) {
+  float* const out = sums.out + (*point)->out;
+  ++*point;
+  asm("" : "+r"(*point));
+  return out;
+}
+
 // The one place where finished sums of a block go to memory.
 template <int kCount, int kVectors>
 KS_INLINE void StoreSums(const Sums& sums, const Point* points, Vec (&block)[kCount][kVectors]) {
-  float* outs[kCount];
-  KS_UNROLL
-  for (int p = 0; p < kCount; ++p) outs[p] = sums.out + points[p].out;
   // Adding at the end, rather than starting from what was there, keeps long sums more accurate.
   if (sums.add) {
+    const Point* point = points;
     KS_UNROLL
     for (int p = 0; p < kCount; ++p) {
+      const float* const out = NextOut(sums, &point);
       KS_UNROLL
-      for (int v = 0; v < kVectors; ++v) block[p][v] += Load(outs[p] + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) block[p][v] += Load(out + v * kLanes);
     }
   }
   if (sums.epilogue != nullptr) {
@@ -95,15 +103,17 @@ KS_INLINE void StoreSums(const Sums& sums, const Point* points, Vec (&block)[kCo
   if (sums.stream) {
     KS_UNROLL
     for (int p = 0; p < kCount; ++p) {
+      float* const out = NextOut(sums, &points);
       KS_UNROLL
-      for (int v = 0; v < kVectors; ++v) Stream(outs[p] + v * kLanes, block[p][v]);
+      for (int v = 0; v < kVectors; ++v) Stream(out + v * kLanes, block[p][v]);
     }
     return;
   }
   KS_UNROLL
   for (int p = 0; p < kCount; ++p) {
+    float* const out = NextOut(sums, &points);
     KS_UNROLL
-    for (int v = 0; v < kVectors; ++v) Store(outs[p] + v * kLanes, block[p][v]);
+    for (int v = 0; v < kVectors; ++v) Store(out + v * kLanes, block[p][v]);
   }
 }
 
@@ -118,29 +128,37 @@ constexpr bool kFetchByTerms = KS_VECTOR_BYTES == 64;
 
 template <int kCount, int kVectors, int kRows>
 void SumTerms(const Sums& sums, const Point* points) {
+  // Read again after the loop, from memory: see NextOut().
+  const Sums* const volatile sums_after = &sums;
+  const Point* const volatile points_after = points;
   const float* x[kCount];
   KS_UNROLL
-  for (int p = 0; p < kCount; ++p) x[p] = sums.x + points[p].x;
+  for (int p = 0; p < kCount; ++p) {
+    x[p] = sums.x + points[p].x;
+    asm("" : "+r"(x[p]));  // Not to be computed again from its parts.
+  }
   if (sums.fetch_out) {
+    const Point* point = points;
     KS_UNROLL
     for (int p = 0; p < kCount; ++p) {
+      const float* const out = NextOut(sums, &point);
       KS_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        __builtin_prefetch(sums.out + points[p].out + v * kLanes, 1);
-      }
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + v * kLanes, 1);
     }
   }
   Vec block[kCount][kVectors] = {};
   const float* const w = sums.w;
   const int64_t w_stride = sums.w_stride;
-  const int64_t ahead = sums.ahead, x_ahead = sums.x_ahead;
+  const int64_t ahead = sums.ahead;
+  // In memory for the sake of the registers, see NextOut(): what is fetched.
+  const volatile int64_t x_ahead = sums.x_ahead;
+  const float* volatile first = nullptr, * volatile second = nullptr;
+  if (kRows == kPairFetched) {
+    first = sums.x + points[Min(2 * sums.fetch_pair - 2, kCount - 1)].x + x_ahead;
+    second = sums.x + points[Min(2 * sums.fetch_pair - 1, kCount - 1)].x + x_ahead;
+  }
   const Term* const last = sums.terms + sums.num_terms;
   const float* next = sums.num_terms > 0 ? w + sums.terms->row * w_stride : w;
-  const float *first = nullptr, *second = nullptr;
-  if (kRows == kPairFetched) {
-    first = sums.x + points[(2 * sums.fetch_pair - 2) % kCount].x + x_ahead;
-    second = sums.x + points[(2 * sums.fetch_pair - 1) % kCount].x + x_ahead;
-  }
   for (const Term* term = sums.terms; term != last; ++term) {
     const float* const row = kRows == kRowsInOrder ? next : w + term->row * w_stride;
     next += w_stride;
@@ -164,9 +182,7 @@ void SumTerms(const Sums& sums, const Point* points) {
       for (int v = 0; v < kVectors; ++v) block[p][v] += value * weights[v];
     }
   }
-  // Places are read again: kept since the fetches above, they would take registers of the loop.
-  asm("" : "+r"(points));
-  StoreSums<kCount, kVectors>(sums, points, block);
+  StoreSums<kCount, kVectors>(*sums_after, points_after, block);
 }
 
 typedef void (*SumFunction)(const Sums&, const Point*);
@@ -218,8 +234,9 @@ KS_INLINE Panel PanelAt(const Panels& panels, int64_t i) {
 
 // The sums of a block of points for a panel with fewer channels than its vectors have lanes: by way
 // of whole vectors.
-inline void SumRaggedBlock(const Panel& panel, SumFunction function, const Point* points,
-                           int64_t count, const Sums& sums) {
+__attribute__((noinline)) inline void SumRaggedBlock(const Panel& panel, SumFunction function,
+                                                     const Point* points, int64_t count,
+                                                     const Sums& sums) {
   const int64_t width = panel.vectors * kLanes;
   float lanes[kMostPoints * kPanelVectors * kLanes];
   Point padded[kMostPoints];

@@ -41,8 +41,13 @@ constexpr double kFarTap = 0.01;                                // Cycles for a 
 constexpr double kFarSquareTap = kFetchByTerms ? 0.012 : 0.03;  // and of those of squares.
 // Cycles to transform a vector of a square.
 constexpr double kSquareCost = kFetchByTerms ? 120 : 240;
-constexpr int64_t kEnoughSquares = 32;        // Of a tile of the batch,
-constexpr int64_t kSquareBytes = 200 * 1024;  // and of all of their points.
+// Bundles of rows and those of squares: how many taps are to be kept of them to be worth their
+// products. With all taps in bundles, none is left to be summed up beside them.
+constexpr int64_t kBundlesFrom[2][2] = {{2, 2}, {1, 3}};
+// Squares of a tile of the batch, where the second-level cache holds all taps, and where tiles are
+// to use them more often;
+constexpr int64_t kFewSquares = kFetchByTerms ? 16 : 32, kEnoughSquares = 32;
+constexpr int64_t kSquareBytes = 200 * 1024;  // and of all of their points, in the latter case.
 constexpr int64_t kBlocksAtOnce = 3;          // Between two turns of fetching.
 constexpr int64_t kTogetherWidth = 64;        // Channels of panels computed together.
 // Of PlanTiles' budget: transformed pixels and sums take the rest.
@@ -59,7 +64,8 @@ struct Kind {
 
 struct Parameters {
   Tiles tiles;
-  int64_t squares;  // 1: tiles are squares; 0: rows.
+  int64_t squares;      // 1: tiles are squares; 0: rows.
+  int64_t bundle_from;  // Taps that are kept of a bundle; with fewer, they are single ones.
   Kind bundles, singles;
   int64_t shared_tiles;  // 1: the input is transformed once, to memory of the whole call.
   int64_t splits;        // Parts of the panels, one item each,
@@ -77,11 +83,10 @@ struct Spans {
 KS_INLINE int64_t NumPoints(const Parameters& parameters) {
   return parameters.squares ? kSquarePoints : kPoints;
 }
-// Taps of a bundle, and how many of them are to be kept for it to be worth its products.
+// Taps of a bundle.
 KS_INLINE int64_t BundleTaps(const Parameters& parameters) {
   return parameters.squares ? kMostTaps : kTaps;
 }
-KS_INLINE int64_t BundleFrom(const Parameters& parameters) { return parameters.squares ? 1 : 2; }
 
 // The shape of transformed pixels, [points][images * rows][columns of tiles][channels]: floats
 // between neighbours. The rows are those of squares, or else padded ones of pixels. Tiles are an
@@ -134,7 +139,6 @@ struct Prepared {
   int32_t* kept;       // [kernel_height][kTaps][in_channels]: the kept row of a tap, or -1.
   int32_t* rows;       // [bundles][their taps]: kept rows, or -1.
   int32_t* order;      // [singles]: kept rows.
-  float* zeros;        // [in_channels, to whole vectors]: a pixel of the padding.
   float* point_taps;   // Panel after panel, each [points][bundles][its vectors * kLanes].
   float* single_taps;  // As PackRows() packs them.
 };
@@ -145,9 +149,6 @@ int64_t SpanRows(const Parameters& parameters, const Spans& spans) {
     rows += Min(parameters.tiles.rows, spans.rows[r].end - spans.rows[r].begin);
   }
   return rows;
-}
-KS_INLINE int64_t ZerosBytes(const KsGeometry& geometry) {
-  return PieceBytes(RoundUp(geometry.in_channels, kLanes), 4);
 }
 
 int64_t TermBytes(const Parameters& parameters, const Spans& spans, const Kind& kind) {
@@ -170,7 +171,7 @@ int64_t TableBytes(const KsGeometry& geometry, const Parameters& parameters, con
          TermBytes(parameters, spans, parameters.singles) +
          PieceBytes(geometry.kernel_height * kTaps * geometry.in_channels, 4) +
          PieceBytes(parameters.bundles.terms * BundleTaps(parameters), 4) +
-         PieceBytes(parameters.singles.terms, 4) + ZerosBytes(geometry);
+         PieceBytes(parameters.singles.terms, 4);
 }
 int64_t FilterBytes(const KsGeometry& geometry, const Parameters& parameters) {
   const int64_t width = MakePanels(geometry.out_channels).vectors * kLanes;
@@ -186,7 +187,6 @@ Prepared PlacePrepared(const KsGeometry& geometry, const Parameters& parameters,
   place.kept = arena.Take<int32_t>(geometry.kernel_height * kTaps * geometry.in_channels);
   place.rows = arena.Take<int32_t>(parameters.bundles.terms * BundleTaps(parameters));
   place.order = arena.Take<int32_t>(parameters.singles.terms);
-  place.zeros = arena.Take<float>(RoundUp(geometry.in_channels, kLanes));
   const int64_t width = MakePanels(geometry.out_channels).vectors * kLanes;
   arena = {static_cast<char*>(memory.filter)};
   place.point_taps = arena.Take<float>(NumPoints(parameters) * parameters.bundles.terms * width);
@@ -228,7 +228,7 @@ void CountTerms(const KsArguments& arguments, Parameters* parameters) {
         at[j] += channel[j] == least;
         kept += channel[j] == least;
       }
-      const bool bundled = kept >= BundleFrom(*parameters);
+      const bool bundled = kept >= parameters->bundle_from;
       bundles += bundled;
       singles += bundled ? 0 : kept;
     }
@@ -243,7 +243,6 @@ void SortTerms(const KsArguments& arguments, const Parameters& parameters,
                const Prepared& prepared) {
   const KsGeometry& geometry = arguments.geometry;
   const int64_t channels = geometry.in_channels, taps = BundleTaps(parameters);
-  memset(prepared.zeros, 0, ZerosBytes(geometry));
   memset(prepared.kept, 0xff, geometry.kernel_height * kTaps * channels * 4);
   for (int64_t k = 0; k < arguments.kept; ++k) {
     prepared.kept[arguments.indices[k]] = static_cast<int32_t>(k);
@@ -258,7 +257,7 @@ void SortTerms(const KsArguments& arguments, const Parameters& parameters,
       for (int64_t s = first; s < last; ++s) {
         int64_t kept = 0;
         for (int64_t j = 0; j < taps; ++j) kept += of_tap[j * channels + s] >= 0;
-        bundled[s - first] = kept >= BundleFrom(parameters);
+        bundled[s - first] = kept >= parameters.bundle_from;
         if (!bundled[s - first]) continue;
         for (int64_t j = 0; j < taps; ++j) *rows++ = of_tap[j * channels + s];
       }
@@ -391,99 +390,145 @@ void TransformRow(const Parameters& parameters, const float* x, int64_t r, float
   }
 }
 
-// Four columns of source pixels, transformed along columns. Squares begin with four and share the
-// next two with their neighbours.
-typedef Vec SquareColumns[kPoints][kTileColumns];
+// Six places a step apart. Two pointers reach them all by scaled steps, where the compiler would
+// keep six and advance them all.
+template <typename Float>
+struct Six {
+  Float *first, *second;
+  int64_t step;
+};
+template <typename Float>
+KS_INLINE Six<Float> MakeSix(Float* first, int64_t step) {
+  return {first, first + step, step};
+}
+template <int kPlace, typename Float>
+KS_INLINE Float* PlaceOf(const Six<Float>& six) {
+  return (kPlace % 2 == 0 ? six.first : six.second) + kPlace / 2 * 2 * six.step;
+}
+template <typename Float>
+KS_INLINE void Advance(Six<Float>* six, int64_t floats) {
+  six->first += floats;
+  six->second += floats;
+  asm("" : "+r"(six->first), "+r"(six->second));  // The next places are computed from these.
+}
 
-// A vector of channels of the rows of source pixels of squares.
-struct SourceRows {
-  const float* rows[kPoints];  // At the next column,
-  int64_t steps[kPoints];      // and floats from one column to the next.
-  int64_t begin, end;          // The columns inside of the image, counted from the next one.
-  int64_t count;               // Of the lanes those that are channels.
-  int64_t ahead;               // Floats from a pixel to one that is fetched.
+// A vector of channels of the source pixels of a square, 6x6 of them.
+struct SquareSource {
+  const float* pixels;  // The first,
+  int64_t row, column;  // and floats from one to the next.
+  int64_t ahead;        // Floats from a pixel to one that is fetched; 0: none is.
 };
 
-KS_INLINE void TransformColumns(SourceRows* source, SquareColumns& target) {
-  const float* rows[kPoints];
+// Which points of columns: few enough of them at a time to stay in registers with those of rows.
+enum { kZero, kNearPair, kFarPair, kInfinity };
+
+// Transforms along columns: the points of a pair, or one.
+template <int kWhich>
+KS_INLINE void TransformColumns(const SquareSource& source, Vec (&plus)[kPoints],
+                                Vec (&minus)[kPoints]) {
+  Six<const float> column = MakeSix(source.pixels, source.row);
   KS_UNROLL
-  for (int y = 0; y < kPoints; ++y) rows[y] = source->rows[y];
-  for (int64_t x = 0; x < kTileColumns; ++x) {
-    Vec pixels[kPoints] = {}, points[kPoints];
-    if (x >= source->begin && x < source->end) {
-      KS_UNROLL
-      for (int y = 0; y < kPoints; ++y) {
-        pixels[y] = source->count == kLanes ? Load(rows[y]) : LoadFirst(rows[y], source->count);
-        __builtin_prefetch(rows[y] + source->ahead);
-      }
+  for (int x = 0; x < kPoints; ++x, Advance(&column, source.column)) {
+    // The squares below share two rows of these; neighbours share the columns.
+    if ((kWhich == kZero || kWhich == kInfinity) && source.ahead != 0 && x < kTileColumns) {
+      constexpr int kOdd = kWhich == kInfinity;
+      __builtin_prefetch(PlaceOf<2 + kOdd>(column) + source.ahead);
+      __builtin_prefetch(PlaceOf<4 + kOdd>(column) + source.ahead);
     }
-    KS_UNROLL
-    for (int y = 0; y < kPoints; ++y) rows[y] += source->steps[y];
-    TransformSource(pixels, points);
-    KS_UNROLL
-    for (int q = 0; q < kPoints; ++q) target[q][x] = points[q];
+    if constexpr (kWhich == kZero) {
+      plus[x] =
+          EndPoint(Load(PlaceOf<0>(column)), Load(PlaceOf<2>(column)), Load(PlaceOf<4>(column)));
+    } else if constexpr (kWhich == kInfinity) {
+      plus[x] =
+          EndPoint(Load(PlaceOf<1>(column)), Load(PlaceOf<3>(column)), Load(PlaceOf<5>(column)));
+    } else {
+      PointPair<kWhich == kFarPair>(Load(PlaceOf<1>(column)), Load(PlaceOf<2>(column)),
+                                    Load(PlaceOf<3>(column)), Load(PlaceOf<4>(column)), &plus[x],
+                                    &minus[x]);
+    }
   }
-  KS_UNROLL
-  for (int y = 0; y < kPoints; ++y) source->rows[y] = rows[y];
-  source->begin -= kTileColumns;
-  source->end -= kTileColumns;
+}
+
+// Transforms a row of points along the row, and stores it.
+KS_INLINE void StorePoints(const Vec (&columns)[kPoints], float* target, int64_t point) {
+  Vec points[kPoints];
+  TransformSource(columns, points);
+  Six<float> places = MakeSix(target, point);
+  Advance(&places, 0);
+  Store(PlaceOf<0>(places), points[0]);
+  Store(PlaceOf<1>(places), points[1]);
+  Store(PlaceOf<2>(places), points[2]);
+  Store(PlaceOf<3>(places), points[3]);
+  Store(PlaceOf<4>(places), points[4]);
+  Store(PlaceOf<5>(places), points[5]);
+}
+
+// `point`: floats between the points of the target.
+void TransformSquare(const SquareSource& source, float* target, int64_t point) {
+  const int64_t row = kPoints * point;
+  Vec plus[kPoints], minus[kPoints];
+  TransformColumns<kZero>(source, plus, minus);
+  StorePoints(plus, target, point);
+  TransformColumns<kNearPair>(source, plus, minus);
+  StorePoints(plus, target += row, point);
+  StorePoints(minus, target += row, point);
+  TransformColumns<kFarPair>(source, plus, minus);
+  StorePoints(plus, target += row, point);
+  StorePoints(minus, target += row, point);
+  TransformColumns<kInfinity>(source, plus, minus);
+  StorePoints(plus, target += row, point);
 }
 
 // Transforms row `r` of squares of a tile of the batch, straight from the input.
-void TransformSquares(const KsArguments& arguments, const Parameters& parameters,
-                      const Prepared& prepared, const Tile& tile, int64_t r, float* target) {
+void TransformSquares(const KsArguments& arguments, const Parameters& parameters, const Tile& tile,
+                      int64_t r, float* target) {
   const KsGeometry& geometry = arguments.geometry;
   const Transformed shape = TransformedShape(parameters);
-  const int64_t channels = geometry.in_channels, point = shape.point;
-  const float* const image = arguments.input + (tile.first_image + r / shape.rows) *
-                                                   geometry.in_height * geometry.in_width *
-                                                   channels;
+  const int64_t channels = geometry.in_channels, row = geometry.in_width * channels;
+  const float* const image =
+      arguments.input + (tile.first_image + r / shape.rows) * geometry.in_height * row;
   const int64_t top = tile.first_row + r % shape.rows * kTileColumns - geometry.pad_top;
-  SquareColumns halves[2];
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    SourceRows source;
-    for (int64_t y = 0; y < kPoints; ++y) {
-      const bool inside = top + y >= 0 && top + y < geometry.in_height;
-      source.rows[y] =
-          inside ? image + ((top + y) * geometry.in_width - geometry.pad_left) * channels + c
-                 : prepared.zeros + c;
-      source.steps[y] = inside ? channels : 0;
-    }
-    source.begin = geometry.pad_left;
-    source.end = geometry.pad_left + geometry.in_width;
-    source.count = Min(kLanes, channels - c);
-    source.ahead = kTileColumns * channels;
-    TransformColumns(&source, halves[0]);
-    float* row = target + r * shape.row + c;
-    for (int64_t t = 0; t < parameters.bundles.columns; ++t, row += shape.tile) {
-      const SquareColumns& first = halves[t % 2];
-      SquareColumns& next = halves[(t + 1) % 2];
-      TransformColumns(&source, next);
-      float* to = row;
-      for (int64_t q = 0; q < kPoints; ++q, to += kPoints * point) {
-        const Vec columns[kPoints] = {first[q][0], first[q][1], first[q][2],
-                                      first[q][3], next[q][0],  next[q][1]};
-        Vec points[kPoints];
-        TransformSource(columns, points);
-        KS_UNROLL
-        for (int p = 0; p < kPoints; ++p) Store(to + p * point, points[p]);
+  const int64_t row_begin = Max(0, -top), row_end = Min(kPoints, geometry.in_height - top);
+  // Those of the next row of squares, unless they were fetched with all of the tile.
+  const int64_t ahead = parameters.fetch_input && !parameters.shared_tiles ? 0 : kTileColumns * row;
+  target += r * shape.row;
+  float copy[kPoints * kPoints * kLanes];  // Where not all pixels are inside of the image.
+  for (int64_t t = 0; t < parameters.bundles.columns; ++t, target += shape.tile) {
+    const int64_t left = t * kTileColumns - geometry.pad_left;
+    const int64_t begin = Max(0, -left), end = Min(kPoints, geometry.in_width - left);
+    const bool inside = row_begin == 0 && row_end == kPoints && begin == 0 && end == kPoints;
+    if (!inside) memset(copy, 0, sizeof(copy));
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t lanes = Min(kLanes, channels - c);
+      const int64_t first = top * row + left * channels + c;
+      if (inside && lanes == kLanes) {
+        TransformSquare({image + first, row, channels, ahead}, target + c, shape.point);
+        continue;
       }
+      for (int64_t y = row_begin; y < row_end; ++y) {
+        for (int64_t x = begin; x < end; ++x) {
+          const float* const pixel = image + first + y * row + x * channels;
+          if (ahead != 0) __builtin_prefetch(pixel + ahead);
+          Store(copy + (y * kPoints + x) * kLanes,
+                lanes == kLanes ? Load(pixel) : LoadFirst(pixel, lanes));
+        }
+      }
+      TransformSquare({copy, kPoints * kLanes, kLanes, 0}, target + c, shape.point);
     }
   }
 }
 
 // Copies, where needed, and transforms padded rows [begin, end) of a tile of the batch. With the
 // first rows go those of squares.
-void TransformRows(const KsArguments& arguments, const Parameters& parameters,
-                   const Prepared& prepared, const Tile& tile, int64_t begin, int64_t end,
-                   float* copy, float* transformed) {
+void TransformRows(const KsArguments& arguments, const Parameters& parameters, const Tile& tile,
+                   int64_t begin, int64_t end, float* copy, float* transformed) {
   const Tiles& tiles = parameters.tiles;
   const float* x = TileData(tiles, tile, arguments.input, copy);
   const int64_t rows = tile.rows + arguments.geometry.kernel_height - 1;
   const int64_t square_rows = tile.images * TransformedShape(parameters).rows;
   for (int64_t r = begin; r < Min(end, tile.images * tiles.padded_rows); ++r) {
     if (parameters.squares && r < square_rows) {
-      TransformSquares(arguments, parameters, prepared, tile, r, transformed);
+      TransformSquares(arguments, parameters, tile, r, transformed);
     }
     if (r % tiles.padded_rows >= rows) continue;
     if (tiles.copied) CopyRows(tiles, tile, arguments.input, r, r + 1, copy);
@@ -608,40 +653,62 @@ KS_INLINE void FinishResult(const Finishing& finishing, Vec result, int64_t at, 
   }
 }
 
-// A vector of a square, of which `high` rows of `wide` results lie in the image; rows are `row`
-// floats apart. `plain`: all do, and nothing but stores waits for them. One function for both, as
-// the compiler might otherwise round them in different ways.
-KS_INLINE void FinishSquare(const Finishing& finishing, const float* from, int64_t point,
-                            int64_t at, int64_t row, int64_t high, int64_t wide, bool plain,
-                            float* output) {
-  Vec columns[kTileColumns][kPoints];  // Transformed along columns.
-  Vec of_points[kPoints], results[kTileColumns];
+// Transforms the sums of points back along columns: the even results, or the odd ones. `point`:
+// floats between points.
+template <bool kOdd>
+KS_INLINE void TransformBack(const float* sums, int64_t point, Vec (&first)[kPoints],
+                             Vec (&second)[kPoints]) {
+  Six<const float> column = MakeSix(sums, kPoints * point);
   KS_UNROLL
-  for (int p = 0; p < kPoints; ++p) {
-    KS_UNROLL
-    for (int q = 0; q < kPoints; ++q) {
-      of_points[q] = Load(from + (q * kPoints + p) * point);
-      __builtin_prefetch(from + (q * kPoints + p) * point + kSumWidth);
-    }
-    TransformSums(of_points, results);
-    KS_UNROLL
-    for (int i = 0; i < kTileColumns; ++i) columns[i][p] = results[i];
-  }
-  const Vec least = Splat(finishing.epilogue.least), most = Splat(finishing.epilogue.most);
-  for (int64_t i = 0; i < high; ++i, at += row) {
-    TransformSums(columns[i], results);
-    if (plain) {
-      KS_UNROLL
-      for (int q = 0; q < kTileColumns; ++q) {
-        Store(output + at + q * finishing.channels,
-              Clamp(results[q] + finishing.bias, least, most));
-      }
-      continue;
-    }
-    for (int64_t q = 0; q < wide; ++q) {
-      FinishResult(finishing, results[q], at + q * finishing.channels, 0, output);
+  for (int p = 0; p < kPoints; ++p, Advance(&column, point)) {
+    const Vec near = Load(PlaceOf<1>(column)), minus_near = Load(PlaceOf<2>(column));
+    const Vec far = Load(PlaceOf<3>(column)), minus_far = Load(PlaceOf<4>(column));
+    if (kOdd) {
+      OddResults(near, minus_near, far, minus_far, Load(PlaceOf<5>(column)), &first[p], &second[p]);
+    } else {
+      EvenResults(Load(PlaceOf<0>(column)), near, minus_near, far, minus_far, &first[p],
+                  &second[p]);
     }
   }
+}
+
+// Where the results of a vector of a square go, of which `high` rows of `wide` lie in the image.
+struct Square {
+  int64_t at, row;          // Of the output: the first, and floats between rows.
+  int64_t single, singles;  // Likewise of the sums of single taps.
+  int64_t high, wide;
+  bool plain;  // All lie in the image, and nothing but stores waits for them.
+};
+// Row `i` of the results. One function for all squares, as the compiler might otherwise round them
+// in different ways.
+KS_INLINE void FinishRow(const Finishing& finishing, const Square& square, int i,
+                         const Vec (&columns)[kPoints], float* output) {
+  Vec results[kTileColumns];
+  TransformSums(columns, results);
+  const int64_t at = square.at + i * square.row;
+  if (square.plain) {
+    const Vec least = Splat(finishing.epilogue.least), most = Splat(finishing.epilogue.most);
+    KS_UNROLL
+    for (int q = 0; q < kTileColumns; ++q) {
+      Store(output + at + q * finishing.channels, Clamp(results[q] + finishing.bias, least, most));
+    }
+    return;
+  }
+  if (i >= square.high) return;
+  for (int64_t q = 0; q < square.wide; ++q) {
+    FinishResult(finishing, results[q], at + q * finishing.channels,
+                 square.single + i * square.singles + q * kSumWidth, output);
+  }
+}
+KS_INLINE void FinishSquare(const Finishing& finishing, const Square& square, const float* sums,
+                            int64_t point, float* output) {
+  Vec first[kPoints], second[kPoints];
+  TransformBack<false>(sums, point, first, second);
+  FinishRow(finishing, square, 0, first, output);
+  FinishRow(finishing, square, 2, second, output);
+  TransformBack<true>(sums, point, first, second);
+  FinishRow(finishing, square, 1, first, output);
+  FinishRow(finishing, square, 3, second, output);
 }
 
 // Transforms the sums of a panel back, adds those of single taps, and stores results.
@@ -655,7 +722,8 @@ void Finish(const KsArguments& arguments, const Parameters& parameters, const Ti
   finishing.channels = channels;
   finishing.stream = parameters.stream;
   finishing.singles = parameters.singles.terms > 0 ? sums + NumPoints(parameters) * point : nullptr;
-  const bool plain = finishing.epilogue.residual == nullptr && !finishing.stream;
+  const bool plain =
+      finishing.epilogue.residual == nullptr && !finishing.stream && finishing.singles == nullptr;
   const int64_t row = geometry.out_width * channels;
   const int64_t rows = Min(tile.rows, geometry.out_height - tile.first_row);
   for (int64_t g = 0; g < tile.images; ++g) {
@@ -694,11 +762,16 @@ void Finish(const KsArguments& arguments, const Parameters& parameters, const Ti
             }
             continue;
           }
-          const int64_t at = pixel * channels + channel;
-          FinishSquare(
-              finishing, from, point, at, row, high, wide,
-              plain && finishing.count == kLanes && high == kTileColumns && wide == kTileColumns,
-              arguments.output);
+          Square square;
+          square.at = pixel * channels + channel;
+          square.row = row;
+          square.single = single * kSumWidth + v * kLanes;
+          square.singles = geometry.out_width * kSumWidth;
+          square.high = high;
+          square.wide = wide;
+          square.plain =
+              plain && finishing.count == kLanes && high == kTileColumns && wide == kTileColumns;
+          FinishSquare(finishing, square, from, point, arguments.output);
         }
       }
     }
@@ -850,7 +923,8 @@ bool CutBatch(const KsGeometry& geometry, Parameters* parameters) {
     const int64_t square_rows = whole.out_height / kTileColumns;
     const int64_t bytes = kSquarePoints * 4 * OddLines(geometry.in_channels);
     if (bytes > kScratchLimit / 4 / bundles.columns) return false;
-    const int64_t squares = Max(kEnoughSquares, kSquareBytes / bytes);
+    const bool near = static_cast<double>(FilterBytes(geometry, *parameters)) <= kNearTaps;
+    const int64_t squares = near ? kFewSquares : Max(kEnoughSquares, kSquareBytes / bytes);
     const int64_t row_tiles = CeilDiv(square_rows, Max(1, squares / bundles.columns));
     rows = CeilDiv(square_rows, row_tiles) * kTileColumns;
     images = row_tiles > 1 ? 1 : Max(1, squares / (square_rows * bundles.columns));
@@ -876,36 +950,40 @@ double Choose(const KsArguments& arguments, bool squares, Parameters* parameters
       (squares && geometry.kernel_height != kTaps)) {
     return -1;
   }
-  *parameters = {};
-  parameters->squares = squares;
-  if (!CutBatch(geometry, parameters)) return -1;
-  CountTerms(arguments, parameters);
-  Kind& bundles = parameters->bundles;
-  Kind& singles = parameters->singles;
   const Panels panels = MakePanels(geometry.out_channels);
   const int64_t row_bytes = PanelAt(panels, 0).vectors * kLanes * 4;
-  bundles.chunks = Max(1, CeilDiv(bundles.terms * row_bytes, kChunkBytes));
-  singles.chunks = Max(1, CeilDiv(singles.terms * row_bytes, kChunkBytes));
-  parameters->together = squares ? Min(Max(1, kTogetherWidth / kSumWidth), panels.count) : 1;
-  if (squares) parameters->tiles.copied = 0;  // They are transformed straight from the input.
-  if (FilterBytes(geometry, *parameters) > kScratchLimit) return -1;
   double best = -1;
-  for (int64_t split = 0; split < (squares ? 1 : 2); ++split) {
-    Parameters candidate = *parameters;
-    Spans candidate_spans;
-    candidate.split_rows = split;
-    candidate.row_spans = MakeSpans(RowAxis(geometry), split != 0, candidate_spans.rows);
-    if (candidate.row_spans == 0 ||
-        (split != 0 &&
-         candidate.row_spans * (bundles.terms + singles.terms) * 8 > kMostTermBytes)) {
-      continue;
+  for (const int64_t from : kBundlesFrom[squares]) {
+    Parameters of_terms = {};
+    of_terms.squares = squares;
+    of_terms.bundle_from = from;
+    CountTerms(arguments, &of_terms);
+    if (FilterBytes(geometry, of_terms) > kScratchLimit) continue;
+    if (!CutBatch(geometry, &of_terms)) return -1;
+    Kind& bundles = of_terms.bundles;
+    Kind& singles = of_terms.singles;
+    bundles.chunks = Max(1, CeilDiv(bundles.terms * row_bytes, kChunkBytes));
+    singles.chunks = Max(1, CeilDiv(singles.terms * row_bytes, kChunkBytes));
+    of_terms.together = squares ? Min(Max(1, kTogetherWidth / kSumWidth), panels.count) : 1;
+    // Squares are transformed straight from the input.
+    if (squares && singles.terms == 0) of_terms.tiles.copied = 0;
+    for (int64_t split = 0; split < (squares ? 1 : 2); ++split) {
+      Parameters candidate = of_terms;
+      Spans candidate_spans;
+      candidate.split_rows = split;
+      candidate.row_spans = MakeSpans(RowAxis(geometry), split != 0, candidate_spans.rows);
+      if (candidate.row_spans == 0 ||
+          (split != 0 &&
+           candidate.row_spans * (bundles.terms + singles.terms) * 8 > kMostTermBytes)) {
+        continue;
+      }
+      const double cost = GroupCost(geometry, candidate, candidate_spans) * candidate.tiles.groups +
+                          kFilterByteCost * static_cast<double>(FilterBytes(geometry, candidate));
+      if (best >= 0 && cost >= best) continue;
+      best = cost;
+      *parameters = candidate;
+      *spans = candidate_spans;
     }
-    const double cost = GroupCost(geometry, candidate, candidate_spans) * candidate.tiles.groups +
-                        kFilterByteCost * static_cast<double>(FilterBytes(geometry, candidate));
-    if (best >= 0 && cost >= best) continue;
-    best = cost;
-    *parameters = candidate;
-    *spans = candidate_spans;
   }
   return best;
 }
@@ -928,8 +1006,8 @@ int Plan(const KsArguments* arguments, bool squares, KsPlan* plan) {
   const Panels panels = MakePanels(geometry.out_channels);
   parameters.splits = 1;
   if (num_tiles < kWantedItems / 2) {
-    parameters.shared_tiles = 1;
     parameters.splits = Min(CeilDiv(kWantedItems, num_tiles), panels.count);
+    parameters.shared_tiles = parameters.splits > 1;
   }
   const double result = 4.0 * static_cast<double>(geometry.batch) * geometry.out_height *
                         geometry.out_width * geometry.out_channels;
@@ -1008,8 +1086,8 @@ void Run(const KsArguments* arguments, const KsPlan* plan, int32_t stage, int64_
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item % tile_rows;
       float* copy = static_cast<float*>(memory->shared) + item / tile_rows * tile_size;
-      TransformRows(*arguments, parameters, prepared, TileAt(tiles, item / tile_rows), row, row + 1,
-                    copy, copy + copy_size);
+      TransformRows(*arguments, parameters, TileAt(tiles, item / tile_rows), row, row + 1, copy,
+                    copy + copy_size);
     }
     return;
   }
@@ -1026,7 +1104,7 @@ void Run(const KsArguments* arguments, const KsPlan* plan, int32_t stage, int64_
                       : sums + SumBytes(parameters) / 4;
     float* transformed = copy + copy_size;
     if (!parameters.shared_tiles) {
-      TransformRows(*arguments, parameters, prepared, tile, 0, tile_rows, copy, transformed);
+      TransformRows(*arguments, parameters, tile, 0, tile_rows, copy, transformed);
     }
     const bool last = parameters.shared_tiles || item + 1 == end;
     const Tile next = TileAt(tiles, last ? tile_index : tile_index + 1);

@@ -34,16 +34,27 @@ constexpr int kPointTaps = 3;    // Rows of taps of a point.
 constexpr float kNear = 0.75f, kFar = 1.5f;
 constexpr float kNear2 = kNear * kNear, kFar2 = kFar * kFar;
 
+// The parts of B^T d. The points 0 and infinity, of three columns two apart.
+KS_INLINE Vec EndPoint(Vec a, Vec b, Vec c) {
+  return (c - (kNear2 + kFar2) * b) + (kNear2 * kFar2) * a;
+}
+// The points +-kNear or +-kFar, of the inner four columns. Additions have units of their own: fused
+// with the product they would be two products more.
+template <bool kIsFar>
+KS_INLINE void PointPair(Vec d1, Vec d2, Vec d3, Vec d4, Vec* plus, Vec* minus) {
+  constexpr float kOther2 = kIsFar ? kNear2 : kFar2;
+  const Vec even = d4 - kOther2 * d2;
+  const Vec odd = InRegister((kIsFar ? kFar : kNear) * (d3 - kOther2 * d1));
+  *plus = even + odd;
+  *minus = even - odd;
+}
+
 // B^T d. Points in the order 0, near, -near, far, -far, infinity.
 KS_INLINE void TransformSource(const Vec (&d)[kPoints], Vec (&points)[kPoints]) {
-  points[0] = (d[4] - (kNear2 + kFar2) * d[2]) + (kNear2 * kFar2) * d[0];
-  const Vec near_even = d[4] - kFar2 * d[2], near_odd = kNear * (d[3] - kFar2 * d[1]);
-  points[1] = near_even + near_odd;
-  points[2] = near_even - near_odd;
-  const Vec far_even = d[4] - kNear2 * d[2], far_odd = kFar * (d[3] - kNear2 * d[1]);
-  points[3] = far_even + far_odd;
-  points[4] = far_even - far_odd;
-  points[5] = (d[5] - (kNear2 + kFar2) * d[3]) + (kNear2 * kFar2) * d[1];
+  points[0] = EndPoint(d[0], d[2], d[4]);
+  PointPair<false>(d[1], d[2], d[3], d[4], &points[1], &points[2]);
+  PointPair<true>(d[1], d[2], d[3], d[4], &points[3], &points[4]);
+  points[5] = EndPoint(d[1], d[3], d[5]);
 }
 
 // G g, for `taps` in ascending order of columns: floats, or vectors of them.
@@ -61,14 +72,24 @@ KS_INLINE void TransformTaps(const Value (&taps)[3], Value (&points)[kPoints]) {
   points[5] = taps[2];
 }
 
-// A^T of the sums of products.
+// The parts of A^T of the sums of products: the even results, and the odd ones.
+KS_INLINE void EvenResults(Vec zero, Vec near, Vec minus_near, Vec far, Vec minus_far, Vec* first,
+                           Vec* third) {
+  const Vec near_sum = near + minus_near, far_sum = far + minus_far;
+  *first = zero + near_sum + far_sum;
+  *third = kNear2 * near_sum + kFar2 * far_sum;
+}
+KS_INLINE void OddResults(Vec near, Vec minus_near, Vec far, Vec minus_far, Vec infinity,
+                          Vec* second, Vec* fourth) {
+  const Vec near_difference = kNear * (near - minus_near),
+            far_difference = kFar * (far - minus_far);
+  *second = near_difference + far_difference;
+  *fourth = kNear2 * near_difference + kFar2 * far_difference + infinity;
+}
+
 KS_INLINE void TransformSums(const Vec (&sums)[kPoints], Vec (&results)[kTileColumns]) {
-  const Vec near_sum = sums[1] + sums[2], near_difference = kNear * (sums[1] - sums[2]);
-  const Vec far_sum = sums[3] + sums[4], far_difference = kFar * (sums[3] - sums[4]);
-  results[0] = sums[0] + near_sum + far_sum;
-  results[1] = near_difference + far_difference;
-  results[2] = kNear2 * near_sum + kFar2 * far_sum;
-  results[3] = kNear2 * near_difference + kFar2 * far_difference + sums[5];
+  EvenResults(sums[0], sums[1], sums[2], sums[3], sums[4], &results[0], &results[2]);
+  OddResults(sums[1], sums[2], sums[3], sums[4], sums[5], &results[1], &results[3]);
 }
 
 // --- Sums ----------------------------------------------------------------------------------------
