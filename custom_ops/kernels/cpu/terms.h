@@ -55,9 +55,12 @@ struct Sums {
   float* out;
   bool add;     // To what `out` holds.
   bool stream;  // Stores past the caches.
-  // Whether to fetch where a block will be stored to while it is computed: stores to memory that no
-  // near cache holds would hold up the next block.
+  // Whether to fetch where a block will be stored to before it is computed: stores to memory that
+  // no near cache holds would hold up the next block.
   bool fetch_out;
+  // Where to fetch what later blocks will be stored to instead, a line to a term; or null. With
+  // x_ahead only. Many fetches at a time hold up what is read.
+  const float* fetch_later;
   // With its pointers at the place of `out`, or null: these sums are not the last.
   const Epilogue* epilogue;
 };
@@ -126,6 +129,8 @@ enum { kAnyRows, kRowsInOrder, kRowsFetched, kAllFetched, kPairFetched, kRowKind
 // with long vectors: into the second-level cache, as the first-level one holds what is read now.
 constexpr bool kFetchByTerms = KS_VECTOR_BYTES == 64;
 
+constexpr intptr_t kTermLine = KS_ALIGNMENT / sizeof(Term);
+
 template <int kCount, int kVectors, int kRows>
 void SumTerms(const Sums& sums, const Point* points) {
   // Read again after the loop, from memory: see NextOut().
@@ -148,29 +153,38 @@ void SumTerms(const Sums& sums, const Point* points) {
   }
   Vec block[kCount][kVectors] = {};
   const float* const w = sums.w;
-  const int64_t w_stride = sums.w_stride;
-  const int64_t ahead = sums.ahead;
-  // In memory for the sake of the registers, see NextOut(): what is fetched.
-  const volatile int64_t x_ahead = sums.x_ahead;
+  // In memory, too, for the sake of the places of points.
+  const volatile int64_t w_stride = sums.w_stride, ahead = sums.ahead, x_ahead = sums.x_ahead;
   const float* volatile first = nullptr, * volatile second = nullptr;
   if (kRows == kPairFetched) {
     first = sums.x + points[Min(2 * sums.fetch_pair - 2, kCount - 1)].x + x_ahead;
     second = sums.x + points[Min(2 * sums.fetch_pair - 1, kCount - 1)].x + x_ahead;
   }
+  // A line to a term: the place of a term tells which.
+  constexpr bool kFetchLater = kRows == kAllFetched || kRows == kPairFetched;
+  const volatile intptr_t later_out =
+      reinterpret_cast<intptr_t>(sums.fetch_later != nullptr ? sums.fetch_later : w) -
+      reinterpret_cast<intptr_t>(sums.terms) * kTermLine;
   const Term* const last = sums.terms + sums.num_terms;
   const float* next = sums.num_terms > 0 ? w + sums.terms->row * w_stride : w;
   for (const Term* term = sums.terms; term != last; ++term) {
     const float* const row = kRows == kRowsInOrder ? next : w + term->row * w_stride;
-    next += w_stride;
+    if (kRows == kRowsInOrder) next += w_stride;
     const int64_t at = term->x;
+    if (kFetchLater) {
+      __builtin_prefetch(
+          reinterpret_cast<const void*>(later_out + reinterpret_cast<intptr_t>(term) * kTermLine),
+          0, 2);
+    }
     if (kRows == kRowsFetched || kRows == kAllFetched) __builtin_prefetch(row + ahead);
     if (kRows == kPairFetched) {
       __builtin_prefetch(first + at, 0, 2);
       __builtin_prefetch(second + at, 0, 2);
     }
     if (kRows == kAllFetched) {
+      const int64_t later = at + x_ahead;
       KS_UNROLL
-      for (int p = 0; p < kCount; ++p) __builtin_prefetch(x[p] + (at + x_ahead), 0, 2);
+      for (int p = 0; p < kCount; ++p) __builtin_prefetch(x[p] + later, 0, 2);
     }
     Vec weights[kVectors];
     KS_UNROLL

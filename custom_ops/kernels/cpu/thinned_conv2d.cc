@@ -47,7 +47,7 @@ constexpr int64_t kFewPixels = 64;               // A tile has as many at least.
 constexpr int64_t kMemoryCycles = 1500;          // Until what is fetched is there, under load.
 constexpr int64_t kFarFrom = 2 << 20;            // Bytes of an input that no cache holds.
 // Of a result that is fetched before it is stored.
-constexpr int64_t kFetchOutFrom = kFetchByTerms ? 320 * 1024 : kFetchFrom;
+constexpr int64_t kFetchOutFrom = kFetchByTerms ? 64 * 1024 : kFetchFrom;
 
 // Whether there is one tap, which meets an input pixel at every output pixel.
 bool MayGather(const KsGeometry& g) {
@@ -271,6 +271,9 @@ void SumClass(const KsArguments& arguments, const Parameters& parameters, const 
   // By a few panels, two pixels of a block each, or by one.
   const int64_t pairs = CeilDiv(most_points, 2);
   const bool in_pairs = num_panels >= pairs;
+  // Later results are fetched where these panels are all, and have terms that fetch.
+  const bool later = parameters.fetch_out && kFetchByTerms && of_class.fetch && of_class.first &&
+                     num_panels == MakePanels(g.out_channels).count;
   Sums all_sums[kMostTogether];
   Epilogue epilogues[kMostTogether];
   for (int64_t i = 0; i < num_panels; ++i) {
@@ -288,7 +291,7 @@ void SumClass(const KsArguments& arguments, const Parameters& parameters, const 
     sums.out = arguments.output + of_class.out + channel;
     sums.add = !of_class.first;
     sums.stream = parameters.stream;
-    sums.fetch_out = parameters.fetch_out;
+    sums.fetch_out = parameters.fetch_out && !later;
     epilogues[i] = MakeEpilogue(arguments);
     if (!epilogues[i].used || !of_class.last) continue;
     if (epilogues[i].bias != nullptr) epilogues[i].bias += channel;
@@ -304,6 +307,12 @@ void SumClass(const KsArguments& arguments, const Parameters& parameters, const 
     for (int64_t i = 0; i < num_panels; ++i) {
       // The next chunk, or panel, comes next in memory.
       const int rows = BlockRows(b, of_class.all_terms * all_sums[i].w_stride, &all_sums[i]);
+      if (later) {
+        // A part of the next pixels, which follow these but for the end of a row.
+        const int64_t next = count * g.out_channels;
+        all_sums[i].fetch_later =
+            arguments.output + of_class.out + points->out + next + PartBegin(next, num_panels, i);
+      }
       SumBlock(panels[i], rows, points, count, all_sums[i]);
     }
     points += count;
