@@ -485,7 +485,7 @@ void PackPlanes(const Parameters& p, const Regions& regions, int64_t begin, int6
         for (int l = 0; l < kLanes; ++l) {
           lanes[l] = Load(reinterpret_cast<const float*>(pixels[l]) + channel);
           if (!StartsLine(next - begin)) continue;
-          __builtin_prefetch(reinterpret_cast<const void*>(regions.source[l] + ahead));
+          FetchFar(regions.source[l] + ahead);
         }
         StoreColumns(lanes, target + (channel - begin) * p.plane_size, p.plane_size);
       }
@@ -529,8 +529,7 @@ void PackPoints(const Parameters& p, const Regions& regions, int64_t begin, int6
         for (int l = 0; l < kLanes; ++l) {
           lanes[l] = Load(reinterpret_cast<const float*>(pixels[c][l]) + channel);
           if (!StartsLine(next - begin)) continue;
-          __builtin_prefetch(
-              reinterpret_cast<const void*>(regions.source[l] + ahead + 4 * c * p.source_column));
+          FetchFar(regions.source[l] + ahead + 4 * c * p.source_column);
         }
         StoreColumns(lanes, row + c * kLanes, kPointRow);
       }
@@ -567,7 +566,7 @@ KS_INLINE void FetchPixels(const Parameters& p, const Regions& regions, int64_t 
   for (int64_t r = 0; r < rows; ++r, row += 4 * p.result_row) {
     intptr_t pixel = row;
     for (int64_t c = 0; c < columns; ++c, pixel += 4 * p.result_column) {
-      __builtin_prefetch(reinterpret_cast<const void*>(pixel), 1);
+      FetchFar(pixel);
     }
   }
 }

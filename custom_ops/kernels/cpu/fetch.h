@@ -54,7 +54,7 @@ KS_INLINE void FetchDue(int64_t steps, Upcoming* upcoming) {
                            upcoming->column * upcoming->column_step + upcoming->line * KS_ALIGNMENT;
     KS_UNROLL
     for (int l = 0; l < kLanes; ++l) {
-      __builtin_prefetch(reinterpret_cast<const void*>(upcoming->pixels[l] + offset), 0, 2);
+      FetchFar(upcoming->pixels[l] + offset);
     }
     if (++upcoming->line < upcoming->lines) continue;
     upcoming->line = 0;

@@ -149,7 +149,7 @@ KS_INLINE void PackLanes(const LaneRegions& regions, const LaneSource& source, i
           const float* pixel = reinterpret_cast<const float*>(pixels[l]) + c;
           lanes[l] = Load(pixel);
           // The lanes are too many streams for the hardware to follow.
-          __builtin_prefetch(reinterpret_cast<const void*>(first[l] + ahead + 4 * c));
+          FetchFar(first[l] + ahead + 4 * c);
         }
         StoreColumns(lanes, target + c * source.plane_size, source.plane_size);
       }

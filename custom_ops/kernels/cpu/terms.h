@@ -148,7 +148,7 @@ void SumTerms(const Sums& sums, const Point* points) {
     for (int p = 0; p < kCount; ++p) {
       const float* const out = NextOut(sums, &point);
       KS_UNROLL
-      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + v * kLanes, 1);
+      for (int v = 0; v < kVectors; ++v) FetchFar(out + v * kLanes);
     }
   }
   Vec block[kCount][kVectors] = {};
@@ -178,13 +178,13 @@ void SumTerms(const Sums& sums, const Point* points) {
     }
     if (kRows == kRowsFetched || kRows == kAllFetched) __builtin_prefetch(row + ahead);
     if (kRows == kPairFetched) {
-      __builtin_prefetch(first + at, 0, 2);
-      __builtin_prefetch(second + at, 0, 2);
+      FetchFar(first + at);
+      FetchFar(second + at);
     }
     if (kRows == kAllFetched) {
       const int64_t later = at + x_ahead;
       KS_UNROLL
-      for (int p = 0; p < kCount; ++p) __builtin_prefetch(x[p] + later, 0, 2);
+      for (int p = 0; p < kCount; ++p) FetchFar(x[p] + later);
     }
     Vec weights[kVectors];
     KS_UNROLL

@@ -135,7 +135,7 @@ void PackTile(const Parameters& parameters, const Tile& tile, const float* input
       KS_UNROLL
       for (int l = 0; l < kLanes; ++l) {
         rows[l] = Load(pixels[l] + channel);
-        __builtin_prefetch(pixels[l] + channel + kLanes * grid.channels);
+        FetchFar(pixels[l] + channel + kLanes * grid.channels);
       }
       Transpose(rows);
       KS_UNROLL

@@ -231,7 +231,7 @@ void PackFlat(const KsArguments& arguments, const FlatParameters& parameters, co
       KS_UNROLL
       for (int l = 0; l < kLanes; ++l) {
         rows[l] = Load(pixels[l] + first);
-        __builtin_prefetch(pixels[l] + first + kLanes * channels);
+        FetchFar(pixels[l] + first + kLanes * channels);
       }
       Transpose(rows);
       KS_UNROLL

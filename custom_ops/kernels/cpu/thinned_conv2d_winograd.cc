@@ -432,8 +432,8 @@ KS_INLINE void TransformColumns(const SquareSource& source, Vec (&plus)[kPoints]
     // The squares below share two rows of these; neighbours share the columns.
     if ((kWhich == kZero || kWhich == kInfinity) && source.ahead != 0 && x < kTileColumns) {
       constexpr int kOdd = kWhich == kInfinity;
-      __builtin_prefetch(PlaceOf<2 + kOdd>(column) + source.ahead);
-      __builtin_prefetch(PlaceOf<4 + kOdd>(column) + source.ahead);
+      FetchFar(PlaceOf<2 + kOdd>(column) + source.ahead);
+      FetchFar(PlaceOf<4 + kOdd>(column) + source.ahead);
     }
     if constexpr (kWhich == kZero) {
       plus[x] =
@@ -508,7 +508,7 @@ void TransformSquares(const KsArguments& arguments, const Parameters& parameters
       for (int64_t y = row_begin; y < row_end; ++y) {
         for (int64_t x = begin; x < end; ++x) {
           const float* const pixel = image + first + y * row + x * channels;
-          if (ahead != 0) __builtin_prefetch(pixel + ahead);
+          if (ahead != 0) FetchFar(pixel + ahead);
           Store(copy + (y * kPoints + x) * kLanes,
                 lanes == kLanes ? Load(pixel) : LoadFirst(pixel, lanes));
         }
