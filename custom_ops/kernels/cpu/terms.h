@@ -130,6 +130,13 @@ enum { kAnyRows, kRowsInOrder, kRowsFetched, kAllFetched, kPairFetched, kRowKind
 constexpr bool kFetchByTerms = KS_VECTOR_BYTES == 64;
 
 constexpr intptr_t kTermLine = KS_ALIGNMENT / sizeof(Term);
+// What a term needs beside the places of points. Long vectors leave time to load it, and more
+// points take all registers: see NextOut(). With short ones loads are what takes the time.
+#if KS_VECTOR_BYTES == 64
+typedef volatile int64_t InLoop;
+#else
+typedef int64_t InLoop;
+#endif
 
 template <int kCount, int kVectors, int kRows>
 void SumTerms(const Sums& sums, const Point* points) {
@@ -153,8 +160,7 @@ void SumTerms(const Sums& sums, const Point* points) {
   }
   Vec block[kCount][kVectors] = {};
   const float* const w = sums.w;
-  // In memory, too, for the sake of the places of points.
-  const volatile int64_t w_stride = sums.w_stride, ahead = sums.ahead, x_ahead = sums.x_ahead;
+  const InLoop w_stride = sums.w_stride, ahead = sums.ahead, x_ahead = sums.x_ahead;
   const float* volatile first = nullptr, * volatile second = nullptr;
   if (kRows == kPairFetched) {
     first = sums.x + points[Min(2 * sums.fetch_pair - 2, kCount - 1)].x + x_ahead;
@@ -171,11 +177,7 @@ void SumTerms(const Sums& sums, const Point* points) {
     const float* const row = kRows == kRowsInOrder ? next : w + term->row * w_stride;
     if (kRows == kRowsInOrder) next += w_stride;
     const int64_t at = term->x;
-    if (kFetchLater) {
-      __builtin_prefetch(
-          reinterpret_cast<const void*>(later_out + reinterpret_cast<intptr_t>(term) * kTermLine),
-          0, 2);
-    }
+    if (kFetchLater) FetchFar(later_out + reinterpret_cast<intptr_t>(term) * kTermLine);
     if (kRows == kRowsFetched || kRows == kAllFetched) __builtin_prefetch(row + ahead);
     if (kRows == kPairFetched) {
       FetchFar(first + at);
@@ -253,7 +255,7 @@ __attribute__((noinline)) inline void SumRaggedBlock(const Panel& panel, SumFunc
                                                      const Sums& sums) {
   const int64_t width = panel.vectors * kLanes;
   float lanes[kMostPoints * kPanelVectors * kLanes];
-  Point padded[kMostPoints];
+  Point padded[kMostPoints] = {};
   for (int64_t p = 0; p < count; ++p) {
     padded[p] = {points[p].x, p * width};
     if (!sums.add) continue;

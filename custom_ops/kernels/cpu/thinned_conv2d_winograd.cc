@@ -39,8 +39,9 @@ constexpr int64_t kMostTileBytes = 8 << 20;                     // Likewise, of 
 constexpr double kNearTaps = 1 << 20;                           // Bytes.
 constexpr double kFarTap = 0.01;                                // Cycles for a byte of others,
 constexpr double kFarSquareTap = kFetchByTerms ? 0.012 : 0.03;  // and of those of squares.
+constexpr double kMemoryTaps = 16 << 20, kMemoryTap = 0.012;    // Likewise, once for all tiles.
 // Cycles to transform a vector of a square.
-constexpr double kSquareCost = kFetchByTerms ? 120 : 240;
+constexpr double kSquareCost = kFetchByTerms ? 90 : 240;
 // Bundles of rows and those of squares: how many taps are to be kept of them to be worth their
 // products. With all taps in bundles, none is left to be summed up beside them.
 constexpr int64_t kBundlesFrom[2][2] = {{2, 2}, {1, 3}};
@@ -977,8 +978,12 @@ double Choose(const KsArguments& arguments, bool squares, Parameters* parameters
            candidate.row_spans * (bundles.terms + singles.terms) * 8 > kMostTermBytes)) {
         continue;
       }
+      const double taps = static_cast<double>(FilterBytes(geometry, candidate));
+      // With long vectors memory, rather than arithmetic, limits taps that no cache holds.
+      const double tap_cost =
+          kFilterByteCost + (kFetchByTerms && taps > kMemoryTaps ? kMemoryTap : 0.0);
       const double cost = GroupCost(geometry, candidate, candidate_spans) * candidate.tiles.groups +
-                          kFilterByteCost * static_cast<double>(FilterBytes(geometry, candidate));
+                          tap_cost * taps;
       if (best >= 0 && cost >= best) continue;
       best = cost;
       *parameters = candidate;
