@@ -10,7 +10,8 @@
 // ThinnedConv2DWinogradSquares filters along rows and columns, kernels of 3x3 taps. A bundle is the
 // nine taps of an input channel. Where any of them is kept, the bundle is one term at each of 36
 // points: 36 products for a square of 4x4 results, where nine taps kept take 144 and three take 48.
-// Single taps beside bundles would need fewer products, but take longer than they save.
+// Or one or two taps that are kept stay single ones: fewer products, but pixels to copy and more
+// sums to keep.
 //
 // The input is transformed a tile of the batch at a time, point after point. Of each point, the
 // sums over bundles go to scratch, a few panels of result channels at a time; so do the sums over
