@@ -43,9 +43,9 @@ constexpr double kFarSquareTap = kFetchByTerms ? 0.012 : 0.03;  // and of those 
 constexpr double kMemoryTaps = 16 << 20, kMemoryTap = 0.012;    // Likewise, once for all tiles.
 // Cycles to transform a vector of a square.
 constexpr double kSquareCost = kFetchByTerms ? 90 : 240;
-// Bundles of rows and those of squares: how many taps are to be kept of them to be worth their
-// products. With all taps in bundles, none is left to be summed up beside them.
-constexpr int64_t kBundlesFrom[2][2] = {{2, 2}, {1, 3}};
+// How many taps are to be kept of a bundle to be worth its products. With all taps in bundles, none
+// is left to be summed up beside those of squares.
+constexpr int64_t kRowBundlesFrom = 2, kSquareBundlesFrom[] = {1, 3};
 // Squares of a tile of the batch, where the second-level cache holds all taps, and where tiles are
 // to use them more often;
 constexpr int64_t kFewSquares = kFetchByTerms ? 16 : 32, kEnoughSquares = 32;
@@ -955,10 +955,10 @@ double Choose(const KsArguments& arguments, bool squares, Parameters* parameters
   const Panels panels = MakePanels(geometry.out_channels);
   const int64_t row_bytes = PanelAt(panels, 0).vectors * kLanes * 4;
   double best = -1;
-  for (const int64_t from : kBundlesFrom[squares]) {
+  for (int64_t way = 0; way < (squares ? 2 : 1); ++way) {
     Parameters of_terms = {};
     of_terms.squares = squares;
-    of_terms.bundle_from = from;
+    of_terms.bundle_from = squares ? kSquareBundlesFrom[way] : kRowBundlesFrom;
     CountTerms(arguments, &of_terms);
     if (FilterBytes(geometry, of_terms) > kScratchLimit) continue;
     if (!CutBatch(geometry, &of_terms)) return -1;
