@@ -249,7 +249,7 @@ KS_INLINE Panel PanelAt(const Panels& panels, int64_t i) {
 }
 
 // The sums of a block of points for a panel with fewer channels than its vectors have lanes: by way
-// of whole vectors.
+// of whole vectors. Not inlined: it would slow down callers that never come here.
 __attribute__((noinline)) inline void SumRaggedBlock(const Panel& panel, SumFunction function,
                                                      const Point* points, int64_t count,
                                                      const Sums& sums) {

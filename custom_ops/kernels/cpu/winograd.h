@@ -39,7 +39,7 @@ KS_INLINE Vec EndPoint(Vec a, Vec b, Vec c) {
   return (c - (kNear2 + kFar2) * b) + (kNear2 * kFar2) * a;
 }
 // The points +-kNear or +-kFar, of the inner four columns. Additions have units of their own: fused
-// with the product they would be two products more.
+// with the product before them, both would take those of products.
 template <bool kIsFar>
 KS_INLINE void PointPair(Vec d1, Vec d2, Vec d3, Vec d4, Vec* plus, Vec* minus) {
   constexpr float kOther2 = kIsFar ? kNear2 : kFar2;
