@@ -168,9 +168,11 @@ void SumTerms(const Sums& sums, const Point* points) {
   }
   // A line to a term: the place of a term tells which.
   constexpr bool kFetchLater = kRows == kAllFetched || kRows == kPairFetched;
-  const volatile intptr_t later_out =
-      reinterpret_cast<intptr_t>(sums.fetch_later != nullptr ? sums.fetch_later : w) -
-      reinterpret_cast<intptr_t>(sums.terms) * kTermLine;
+  volatile intptr_t later_out;
+  if (kFetchLater) {
+    later_out = reinterpret_cast<intptr_t>(sums.fetch_later != nullptr ? sums.fetch_later : w) -
+                reinterpret_cast<intptr_t>(sums.terms) * kTermLine;
+  }
   const Term* const last = sums.terms + sums.num_terms;
   const float* next = sums.num_terms > 0 ? w + sums.terms->row * w_stride : w;
   for (const Term* term = sums.terms; term != last; ++term) {
