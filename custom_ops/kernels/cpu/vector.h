@@ -116,7 +116,7 @@ KS_INLINE Vec LoadFirst(const float* p, int64_t count) {
 typedef __m512i Places;
 KS_INLINE Places LoadPlaces(const int32_t* p) { return _mm512_loadu_si512(p); }
 KS_INLINE Vec Permute(Vec v, Places places) {
-  // Of all lanes, but said so: GCC 12 takes what _mm512_permutexvar_ps() leaves for uninitialised.
+  // With a mask of all lanes, which changes no code: GCC 12 warns of _mm512_permutexvar_ps().
   return reinterpret_cast<Vec>(
       _mm512_maskz_permutexvar_ps(0xffff, places, reinterpret_cast<__m512>(v)));
 }
